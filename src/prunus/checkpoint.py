@@ -1,0 +1,374 @@
+"""A model on disk: a Hugging Face folder (or a GGUF file, dequantised once) ↔ config + tensors read on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from prunus import cost
+from prunus.architecture import Architecture, from_config
+from prunus.errors import BadCheckpoint, BadOutput, UnsupportedModel
+from prunus.families import Family, family_of
+
+SHARD_BYTES = 4 * 1000**3
+INDEX = "model.safetensors.index.json"
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
+COPIED_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+                "chat_template*", "merges.txt", "vocab*", "LICENSE*"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model. Weights stay on disk until asked for.
+
+    Attributes:
+        folder: a plain Hugging Face folder with safetensors.
+        name: what the user called it (hub id, folder or GGUF file).
+        config: the transformers config.
+        family: which weight carries which axis.
+        architecture: the sizes.
+        files: tensor name → the safetensors file that holds it. A head tied to the embedding is not listed.
+        layout: tensor name → unit of each dimension.
+    """
+
+    folder: Path
+    name: str
+    config: PreTrainedConfig
+    family: Family
+    architecture: Architecture
+    files: Mapping[str, Path]
+    layout: cost.Layout
+
+    @property
+    def parameters(self) -> int:
+        return cost.parameters(self.family, self.layout, self.architecture)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in set(self.files.values()))
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self.tensor(f"{self.family.embedding}.weight").dtype
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the weights and the config: names this model in scores, caches and reports."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        for file in sorted(set(self.files.values())):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, file by file; one in memory at a time."""
+        for path in sorted(set(self.files.values())):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+                    if name in self.files:
+                        yield name, file.get_tensor(name)
+
+    def module(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The transformers model, in evaluation mode, in `dtype` (default: as stored)."""
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=self.config)
+        return model.eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.folder)
+
+
+def load(model: str | Path, *, cache: Path | None = None) -> Checkpoint:
+    """Open a Hugging Face folder, a hub id, or a GGUF file.
+
+    Args:
+        model: path or hub id.
+        cache: where a GGUF file is dequantised to (default: ~/.cache/prunus); done once per file.
+    Raises:
+        BadCheckpoint: missing, truncated, pickled or unreadable weights.
+        UnsupportedModel: unknown model type, or a parameter that no rule covers.
+    """
+    path = Path(model)
+    if path.suffix == ".gguf":
+        folder = _dequantised(path, cache or _cache_folder())
+    elif path.is_dir():
+        folder = path
+    elif path.exists():
+        raise BadCheckpoint(f"{model}: a model is a Hugging Face folder, a hub id or a .gguf file, not a {path.suffix}")
+    else:
+        folder = _from_hub(str(model))
+    return _open_folder(folder, name=str(model))
+
+
+def verify_weights(checkpoint: Checkpoint) -> None:
+    """Read every tensor once and refuse weights that are not numbers.
+
+    Raises:
+        BadCheckpoint: names the tensors that hold NaN or infinity.
+    """
+    broken = [name for name, tensor in checkpoint.tensors() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise BadCheckpoint(
+            f"{checkpoint.name}: {len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}"
+            f"{', …' if len(broken) > 3 else ''}). The file is damaged or training diverged; take an earlier checkpoint."
+        )
+
+
+def save(
+    folder: Path,
+    config: PreTrainedConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    like: Checkpoint,
+    extra_files: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """Write a plain checkpoint beside `folder`, then rename it there.
+
+    Args:
+        config: of the model that `tensors` belong to.
+        tensors: every parameter, a tied head left out.
+        like: the model whose tokenizer, chat template and generation config go along.
+        extra_files: more text files, name → content.
+    """
+    with atomic_folder(folder) as partial:
+        _write_model(partial, config, tensors)
+        for pattern in COPIED_FILES:
+            for file in like.folder.glob(pattern):
+                shutil.copy(file, partial)
+        for name, text in (extra_files or {}).items():
+            (partial / name).write_text(text)
+    return _open_folder(folder, name=str(folder))
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: written beside, then renamed.
+
+    Raises:
+        BadOutput: the disk is full.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with full_disk_is_an_error(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """A file that appears whole or not at all. Raises BadOutput when the disk is full."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with full_disk_is_an_error(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk_is_an_error(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
+        if not full:
+            raise
+        raise BadOutput(
+            f"{target}: the disk is full; nothing was left half-written. Free some space and run the same command again."
+        ) from error
+
+
+def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> None:
+    shards = _shards(tensors)
+    for number, names in enumerate(shards, start=1):
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, folder / _shard_name(number, len(shards)), metadata={"format": "pt"})
+    if len(shards) > 1:
+        numbered = enumerate(shards, start=1)
+        weight_map = {name: _shard_name(number, len(shards)) for number, names in numbered for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    config.save_pretrained(folder)
+
+
+def _open_folder(folder: Path, *, name: str) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(f"{name}: no config.json in {folder}; a model folder has one beside its safetensors")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        family = family_of(raw.get("model_type", ""))
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise BadCheckpoint(f"{name}: config.json is not a valid config: {error}") from error
+    files, shapes = _tensor_files(folder, name)
+    if config.tie_word_embeddings:
+        files.pop(f"{family.head}.weight", None)
+    architecture = from_config(config.to_dict(), family.fields)
+    _check_rules(name, family, architecture, {tensor: shapes[tensor] for tensor in files})
+    tied = config.tie_word_embeddings or f"{family.head}.weight" in files
+    if not tied:
+        raise BadCheckpoint(f"{name}: {family.head}.weight is missing and the config does not tie it to the embedding")
+    return Checkpoint(folder, name, config, family, architecture, files, cost.layout(family, files))
+
+
+def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """Tensor → file and tensor → shape, from the safetensors headers."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
+        if pickles:
+            raise BadCheckpoint(
+                f"{name}: only pickle weights ({pickles[0]}). Unpickling runs code from the file, so Prunus does not. "
+                "Convert once, in a sandbox: load with transformers and save_pretrained(), which writes safetensors."
+            )
+        raise BadCheckpoint(f"{name}: no .safetensors file in {folder}; the download may be incomplete")
+    if (folder / INDEX).is_file():
+        wanted = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        missing = sorted(wanted - {path.name for path in paths})
+        if missing:
+            raise BadCheckpoint(f"{name}: {', '.join(missing)} missing though the index names it; download it again")
+        paths = [path for path in paths if path.name in wanted]
+    files, shapes = {}, {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for tensor in file.keys():  # noqa: SIM118
+                    files[tensor] = path
+                    shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise BadCheckpoint(
+                f"{name}: {path.name} cannot be read ({error}); it is truncated or damaged, download it again"
+            ) from error
+    return files, shapes
+
+
+def _check_rules(
+    name: str, family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Every tensor is covered by a rule, has the shape that the config says, and no layer lacks one."""
+    uncovered = [tensor for tensor in shapes if family.units(tensor) is None]
+    if uncovered:
+        raise UnsupportedModel(
+            f"{name}: the family {family.model_type!r} has no rule for {len(uncovered)} tensors, such as "
+            f"{uncovered[0]!r}. This is a variant that Prunus does not know; cutting it would damage it silently."
+        )
+    wrong = {
+        tensor: shape
+        for tensor, shape in shapes.items()
+        if shape != tuple(architecture.size(unit) for unit in family.units(tensor) or ())
+    }
+    if wrong:
+        tensor, shape = next(iter(wrong.items()))
+        raise BadCheckpoint(f"{name}: {tensor} has shape {list(shape)}, which config.json ({architecture}) contradicts")
+    by_layer: dict[int | None, set[str]] = {}
+    for layer, tensor in map(family.split, shapes):
+        by_layer.setdefault(layer, set()).add(tensor)
+    for layer in range(architecture.layers):
+        absent = by_layer.get(0, set(family.layer_weights)) ^ by_layer.get(layer, set())
+        if absent or not by_layer.get(layer):
+            lacking = sorted(absent) or sorted(family.layer_weights)
+            raise BadCheckpoint(f"{name}: layer {layer} lacks tensors ({lacking[0]}); the checkpoint is incomplete")
+
+
+def _from_hub(model: str) -> Path:
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise BadCheckpoint(f"{model}: no such file or folder, and not a hub id (owner/name)") from error
+    except Exception as error:  # the hub client raises a different type for each of: offline, missing, gated, time-out
+        raise BadCheckpoint(
+            f"{model}: no such folder, and the hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Check the name and the network, or give a local folder."
+        ) from error
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prunus"
+
+
+def _dequantised(file: Path, cache: Path) -> Path:
+    """A folder with the GGUF file's weights as bfloat16 safetensors, made once and kept in the cache."""
+    if not file.is_file():
+        raise BadCheckpoint(f"{file}: no such file")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache / "gguf" / f"{file.stem}-{digest[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    with _quiet():
+        try:
+            source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+            raise BadCheckpoint(f"{file}: transformers cannot read this GGUF file ({error})") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are no longer quantised
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    with atomic_folder(folder) as partial:
+        _write_model(partial, model.config, tensors)
+        tokenizer.save_pretrained(partial)
+        GenerationConfig.from_model_config(model.config).save_pretrained(partial)
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings and bars of transformers that say nothing to our user."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,59 @@
+"""Parameters, bytes and FLOPs of an architecture, from the teacher's own list of tensors. Nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from prunus.architecture import Architecture
+from prunus.families import Family
+
+Layout = Mapping[str, tuple[str, ...]]
+"""Tensor name → unit of each dimension, for every tensor of the teacher (tied heads once)."""
+
+
+def layout(family: Family, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Units of every tensor; the family must cover them all."""
+    units = {name: family.units(name) for name in tensors}
+    assert all(units.values()), "the checkpoint is validated when it is opened"
+    return {name: dims for name, dims in units.items() if dims}
+
+
+def group_of(family: Family, tensor: str) -> str:
+    """The part of the model that a tensor belongs to: embedding, head, attention, ffn, norms."""
+    layer, name = family.split(tensor)
+    if layer is None:
+        parts = {family.embedding: "embedding", family.head: "head"}
+        return parts.get(name.rsplit(".", 1)[0], "norms")
+    for branch in family.branches:
+        if name.rsplit(".", 1)[0] in (*branch.reads, branch.write):
+            return branch.name
+    return "norms"
+
+
+def parameters_by_group(family: Family, tensors: Layout, architecture: Architecture) -> dict[str, int]:
+    """Parameters of each part. Layers are uniform: the tensors of layer 0 stand for all."""
+    counts: dict[str, int] = defaultdict(int)
+    for name, units in tensors.items():
+        layer, _ = family.split(name)
+        if layer in (None, 0):
+            size = math.prod(architecture.size(unit) for unit in units)
+            counts[group_of(family, name)] += size * (1 if layer is None else architecture.layers)
+    return dict(counts)
+
+
+def parameters(family: Family, tensors: Layout, architecture: Architecture) -> int:
+    return sum(parameters_by_group(family, tensors, architecture).values())
+
+
+def flops_per_token(family: Family, tensors: Layout, architecture: Architecture, *, context: int = 0) -> int:
+    """Multiply-adds × 2 of one token's forward pass; attention over `context` earlier tokens included."""
+    groups = parameters_by_group(family, tensors, architecture)
+    head = groups.get("head") or architecture.vocab * architecture.hidden
+    attention = 2 * architecture.layers * architecture.heads * architecture.head_dim * context
+    return 2 * (groups["attention"] + groups["ffn"] + head + attention)
+
+
+def kv_bytes_per_token(architecture: Architecture, *, bytes_per_value: int = 2) -> int:
+    return 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * bytes_per_value

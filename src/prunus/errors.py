@@ -1,0 +1,29 @@
+"""What can go wrong by the user's hand. The command line prints these and exits with code 2."""
+
+
+class PrunusError(Exception):
+    """A mistake the user can mend. The message says what, why, and what to do."""
+
+
+class UnsupportedModel(PrunusError):
+    """No family describes this model type, or a parameter of it is covered by no rule."""
+
+
+class BadRecipe(PrunusError):
+    """A recipe or flag is wrong. All mistakes are listed in one message."""
+
+
+class BadCheckpoint(PrunusError):
+    """A model folder or GGUF file that cannot be read, or whose weights are not usable."""
+
+
+class BadData(PrunusError):
+    """Text that is missing, unreadable, or too short."""
+
+
+class BudgetUnreachable(PrunusError):
+    """No legal architecture meets the budget."""
+
+
+class BadOutput(PrunusError):
+    """The output folder belongs to someone else, is in use, or the disk is full."""

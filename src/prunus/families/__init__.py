@@ -1,0 +1,30 @@
+"""One file per Hugging Face `model_type`; the file's name is the type, its `FAMILY` the data."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from prunus.errors import UnsupportedModel
+from prunus.families.family import Branch, Family
+
+__all__ = ["Branch", "Family", "family_of", "known_families"]
+
+
+def known_families() -> list[str]:
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if not name.startswith("_") and name != "family")
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model type.
+
+    Raises:
+        UnsupportedModel: no file describes it. Never treated as "probably Llama".
+    """
+    if model_type not in known_families():
+        raise UnsupportedModel(
+            f"model type {model_type!r} is not supported, because no family file says which of its weights carry which "
+            f"axis. Known: {', '.join(known_families())}."
+        )
+    return importlib.import_module(f"prunus.families.{model_type}").FAMILY

@@ -1,0 +1,51 @@
+"""What this machine computes fast, and how to keep its allocator out of the way."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+
+import torch
+
+MATMUL_SIZE = 1024
+
+
+@functools.cache
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float32 elsewhere (bf16 emulation is slower than fp32)."""
+    if device().type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks instead of returning them to the kernel.
+
+    A training step frees and takes the same hundreds of megabytes again; with glibc's defaults each time costs a page
+    fault per 4 KiB, up to half of the step. Without glibc (macOS, musl) there is nothing to tell.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def matmul_flops_per_second(dtype: torch.dtype, *, seconds: float = 0.5) -> float:
+    """Rate of a square GEMM on this machine now, best of the tries that fit in `seconds`."""
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device()).to(dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * MATMUL_SIZE**3 / best
