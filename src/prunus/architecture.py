@@ -23,7 +23,7 @@ class Architecture:
         ffn: neurons of each feed-forward block.
         heads: query heads of each layer.
         kv_heads: key-value groups of each layer; divides `heads`.
-        head_dim: channels per head. Always explicit: runtimes that derive it from hidden / heads break on pruned models.
+        head_dim: channels per head. Always explicit: runtimes that derive it break on pruned models.
         vocab: rows of the embedding.
     """
 
@@ -56,10 +56,8 @@ def from_config(config: Mapping[str, Any], fields: Mapping[str, str]) -> Archite
 
     Configs written before head_dim was explicit mean hidden / heads.
     """
-    sizes = {size: config.get(key) for size, key in fields.items()}
-    if sizes["head_dim"] is None:
-        sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
-    return Architecture(**{size: int(value) for size, value in sizes.items()})
+    sizes = {size: int(config[key]) for size, key in fields.items() if config.get(key) is not None}
+    return Architecture(**{"head_dim": sizes["hidden"] // sizes["heads"]} | sizes)
 
 
 def to_config(

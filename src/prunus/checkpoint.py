@@ -19,8 +19,15 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from prunus import cost
@@ -90,11 +97,11 @@ class Checkpoint:
                     if name in self.files:
                         yield name, file.get_tensor(name)
 
-    def module(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The transformers model, in evaluation mode, in `dtype` (default: as stored)."""
+    def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+        """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=self.config)
-        return model.eval()
+        return model.to(device=device or torch.device("cpu")).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.folder)
@@ -132,7 +139,7 @@ def verify_weights(checkpoint: Checkpoint) -> None:
     if broken:
         raise BadCheckpoint(
             f"{checkpoint.name}: {len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}"
-            f"{', …' if len(broken) > 3 else ''}). The file is damaged or training diverged; take an earlier checkpoint."
+            f"{', …' if len(broken) > 3 else ''}). The file is damaged or its training diverged; take another one."
         )
 
 
@@ -177,7 +184,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             yield partial
             if folder.exists():
                 shutil.rmtree(folder)
-            os.replace(partial, folder)
+            partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -190,7 +197,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
         with full_disk_is_an_error(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            os.replace(partial, file)
+            partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -204,7 +211,7 @@ def full_disk_is_an_error(target: Path) -> Iterator[None]:
         if not full:
             raise
         raise BadOutput(
-            f"{target}: the disk is full; nothing was left half-written. Free some space and run the same command again."
+            f"{target}: the disk is full; nothing was left half-written. Free some space and run the command again."
         ) from error
 
 
@@ -272,9 +279,7 @@ def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, t
     return files, shapes
 
 
-def _check_rules(
-    name: str, family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_rules(name: str, family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor is covered by a rule, has the shape that the config says, and no layer lacks one."""
     uncovered = [tensor for tensor in shapes if family.units(tensor) is None]
     if uncovered:
@@ -307,8 +312,8 @@ def _from_hub(model: str) -> Path:
         raise BadCheckpoint(f"{model}: no such file or folder, and not a hub id (owner/name)") from error
     except Exception as error:  # the hub client raises a different type for each of: offline, missing, gated, time-out
         raise BadCheckpoint(
-            f"{model}: no such folder, and the hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Check the name and the network, or give a local folder."
+            f"{model}: no such folder, and the hub did not give it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Check the name and the network, or give a local folder."
         ) from error
 
 
@@ -327,9 +332,8 @@ def _dequantised(file: Path, cache: Path) -> Path:
         return folder
     with _quiet():
         try:
-            source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:  # the reader raises whatever the damaged bytes lead it to
             raise BadCheckpoint(f"{file}: transformers cannot read this GGUF file ({error})") from error
     if hasattr(model.config, "quantization_config"):

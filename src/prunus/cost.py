@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 from prunus.architecture import Architecture
@@ -32,15 +32,26 @@ def group_of(family: Family, tensor: str) -> str:
     return "norms"
 
 
+def shape_counts(family: Family, tensors: Layout) -> Counter[tuple[str, bool, tuple[str, ...]]]:
+    """How many tensors of each (part, in a layer, units) there are outside the layers and in one layer.
+
+    Layers are uniform: the tensors of layer 0 stand for all.
+    """
+    placed = ((name, family.split(name)[0], units) for name, units in tensors.items())
+    return Counter((group_of(family, name), layer == 0, units) for name, layer, units in placed if layer in (None, 0))
+
+
+def count(shapes: Counter[tuple[str, bool, tuple[str, ...]]], architecture: Architecture) -> dict[str, int]:
+    """Parameters of each part."""
+    parts: dict[str, int] = defaultdict(int)
+    for (part, in_layer, units), number in shapes.items():
+        size = math.prod(architecture.size(unit) for unit in units)
+        parts[part] += number * size * (architecture.layers if in_layer else 1)
+    return dict(parts)
+
+
 def parameters_by_group(family: Family, tensors: Layout, architecture: Architecture) -> dict[str, int]:
-    """Parameters of each part. Layers are uniform: the tensors of layer 0 stand for all."""
-    counts: dict[str, int] = defaultdict(int)
-    for name, units in tensors.items():
-        layer, _ = family.split(name)
-        if layer in (None, 0):
-            size = math.prod(architecture.size(unit) for unit in units)
-            counts[group_of(family, name)] += size * (1 if layer is None else architecture.layers)
-    return dict(counts)
+    return count(shape_counts(family, tensors), architecture)
 
 
 def parameters(family: Family, tensors: Layout, architecture: Architecture) -> int:

@@ -2,13 +2,15 @@
 
 from prunus.families.family import Branch
 
-OUTER_WEIGHTS = {
+Weights = dict[str, tuple[str, ...]]
+
+OUTER_WEIGHTS: Weights = {
     "model.embed_tokens.weight": ("vocab", "hidden"),
     "model.norm.weight": ("hidden",),
     "lm_head.weight": ("vocab", "hidden"),
 }
 
-PROJECTIONS = {
+PROJECTIONS: Weights = {
     "self_attn.q_proj.weight": ("heads", "hidden"),
     "self_attn.k_proj.weight": ("kv_heads", "hidden"),
     "self_attn.v_proj.weight": ("kv_heads", "hidden"),
@@ -18,12 +20,12 @@ PROJECTIONS = {
     "mlp.down_proj.weight": ("hidden", "ffn"),
 }
 
-PRE_NORMS = {
+PRE_NORMS: Weights = {
     "input_layernorm.weight": ("hidden",),
     "post_attention_layernorm.weight": ("hidden",),
 }
 
-QK_NORMS = {
+QK_NORMS: Weights = {
     "self_attn.q_norm.weight": ("head_dim",),
     "self_attn.k_norm.weight": ("head_dim",),
 }

@@ -5,10 +5,10 @@
 
 import dataclasses
 
-from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PRE_NORMS, PROJECTIONS, QK_NORMS
+from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PRE_NORMS, PROJECTIONS, QK_NORMS, Weights
 from prunus.families.family import Family
 
-SANDWICH_NORMS = {
+SANDWICH_NORMS: Weights = {
     "pre_feedforward_layernorm.weight": ("hidden",),
     "post_feedforward_layernorm.weight": ("hidden",),
 }

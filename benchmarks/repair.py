@@ -1,0 +1,70 @@
+"""Cut SmolLM2-135M without training: slicing alone, with the norm correction, with the repair. Perplexity of each.
+
+Usage: python benchmarks/repair.py MODEL TEXT_FILE [--calibration-blocks 64]
+The first blocks of the text calibrate, the last 40 measure.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import prunus as pr
+from prunus import hardware, text
+from prunus.evaluate import quality
+from prunus.importance import score
+from prunus.measure import measure
+from prunus.prune import build, cut, repaired
+
+HELD_OUT_BLOCKS = 40
+CUTS = {
+    "ffn=768": [("plain", "activation"), ("repaired", "activation"), ("repaired", "reconstruction")],
+    "ffn=1024": [("plain", "activation"), ("repaired", "activation")],
+    "hidden=540": [("plain", "norm_output"), ("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
+    "hidden=504": [("plain", "norm_output"), ("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
+    "layers=24": [("plain", "block_influence"), ("repaired", "block_influence")],
+    "heads=6": [("plain", "output"), ("repaired", "output")],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--calibration-blocks", type=int, default=64)
+    parser.add_argument("--cuts", default=",".join(key.replace("=", ":") for key in CUTS))
+    options = parser.parse_args()
+    hardware.keep_freed_memory()
+    teacher = pr.load(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = text.blocks(str(options.text), teacher.tokenizer(), to=Path(folder) / "text")
+        calibration = blocks.head(options.calibration_blocks)
+        heldout = blocks.select(range(len(blocks) - HELD_OUT_BLOCKS, len(blocks)))
+        run(teacher, calibration, heldout, [key.replace(":", "=") for key in options.cuts.split(",")])
+
+
+def run(teacher: pr.Checkpoint, calibration: text.Blocks, heldout: text.Blocks, cuts: list[str]) -> None:
+    model = teacher.module()
+    print(f"calibration {calibration.num_tokens} tokens, held out {heldout.num_tokens} tokens")
+    print(f"teacher {quality(model, heldout).perplexity:.2f}")
+    grams = any(function == "reconstruction" for key in cuts for _, function in CUTS[key])
+    statistics = measure(teacher, calibration, model=model, grams=grams)
+    for key in cuts:
+        axis, _, size = key.partition("=")
+        target = teacher.architecture.replace(**{axis: int(size)})
+        for method, function in CUTS[key]:
+            scores = score(statistics, **{axis: function})
+            student = cut(teacher, scores, target, norm_correction=method != "plain")
+            start = time.perf_counter()
+            if method == "repaired":
+                candidate = repaired(teacher, student, calibration, teacher_model=model)
+            else:
+                candidate = build(student, torch.bfloat16)
+            seconds = time.perf_counter() - start
+            print(f"{key:12} {function:16} {method:15} {quality(candidate, heldout).perplexity:8.2f}  {seconds:6.1f} s")
+
+
+if __name__ == "__main__":
+    main()

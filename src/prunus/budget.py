@@ -1,0 +1,81 @@
+"""What the student may cost: parameters, or bytes of memory. Parsed from what the user wrote."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from prunus import cost
+from prunus.architecture import Architecture
+from prunus.checkpoint import Checkpoint
+from prunus.errors import BadRecipe
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9,
+            "kib": 2**10, "mib": 2**20, "gib": 2**30}  # fmt: skip
+MEMORY_CONTEXT = 4096
+"""Tokens of the KV cache that a memory budget includes."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit that architectures are compared with.
+
+    Attributes:
+        text: as the user wrote it.
+        target: parameters, or bytes.
+        shapes: of the teacher's tensors, to count an architecture without building it.
+        bytes_per_value: 0 for a budget of parameters; of a memory budget the size of a weight.
+    """
+
+    text: str
+    target: int
+    shapes: Counter[tuple[str, bool, tuple[str, ...]]]
+    bytes_per_value: int
+
+    def cost(self, architecture: Architecture) -> int:
+        """Parameters; or bytes of the weights and of the KV cache of one sequence of `MEMORY_CONTEXT` tokens."""
+        weights = sum(cost.count(self.shapes, architecture).values())
+        if not self.bytes_per_value:
+            return weights
+        cache = MEMORY_CONTEXT * cost.kv_bytes_per_token(architecture, bytes_per_value=self.bytes_per_value)
+        return weights * self.bytes_per_value + cache
+
+    def parameters(self, architecture: Architecture) -> int:
+        return sum(cost.count(self.shapes, architecture).values())
+
+
+def parse_quantity(text: str) -> float:
+    """`200k`, `95M`, `1.5B`, `180MB` → the number. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in SUFFIXES:
+        raise ValueError(f"{text!r} is not a quantity such as 200k, 95M or 180MB")
+    return float(match[1].replace("_", "")) * SUFFIXES[match[2].lower()]
+
+
+def parse_share(text: str) -> float | None:
+    """`0.7x` → 0.7; None where the text is not a share."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", text)
+    return float(match[1]) if match else None
+
+
+def parse_budget(teacher: Checkpoint, *, params: str | None = None, memory: str | None = None) -> Budget:
+    """A budget from `0.7x`, `95M` (parameters) or `180MB` (memory).
+
+    Raises:
+        BadRecipe: not exactly one of both, not a quantity, or not below the teacher's own.
+    """
+    if (params is None) == (memory is None):
+        raise BadRecipe("give a budget: either params or memory (or an explicit arch)")
+    text, kind = (params, "params") if params is not None else (str(memory), "memory")
+    bytes_per_value = 0 if kind == "params" else teacher.dtype.itemsize
+    budget = Budget(f"{kind} {text}", 0, cost.shape_counts(teacher.family, teacher.layout), bytes_per_value)
+    whole = budget.cost(teacher.architecture)
+    share = parse_share(text)
+    try:
+        target = round(share * whole) if share is not None else round(parse_quantity(text))
+    except ValueError as error:
+        raise BadRecipe(f"{kind}: {error}; or a share of the teacher such as 0.7x") from error
+    if not 0 < target <= whole:
+        raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {whole:,}; pruning only removes")
+    return Budget(budget.text, target, budget.shapes, bytes_per_value)

@@ -1,0 +1,261 @@
+"""One sub-command per stage: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from prunus import console
+from prunus.errors import BadRecipe, PrunusError
+
+app = typer.Typer(
+    name="prunus",
+    help="Prune a pretrained language model and distil it back into a plain Hugging Face checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf file.")]
+Source = Annotated[
+    str, typer.Argument(metavar="MODEL|RECIPE|RUN", help="A model, a recipe.yaml, or the folder of an earlier run.")
+]
+Params = Annotated[str | None, typer.Option(help="Budget of parameters: 0.7x or 95M.")]
+Memory = Annotated[str | None, typer.Option(help="Budget of weights + KV cache (4096 tokens): 0.7x or 180MB.")]
+Arch = Annotated[str | None, typer.Option(help="Explicit sizes: hidden=512,ffn=1024,layers=24,heads=6,kv_heads=3.")]
+DataOption = Annotated[str | None, typer.Option(help="Text: JSONL, Parquet or text; a file, a folder, or a hub id.")]
+Heldout = Annotated[str | None, typer.Option(help="Held-out text. Default: a share of the documents of --data.")]
+Tokens = Annotated[str | None, typer.Option(help="Training tokens, such as 200k or 10M. Default: the text once.")]
+To = Annotated[Path | None, typer.Option(help="Folder to write.")]
+Baseline = Annotated[bool | None, typer.Option("--baseline", help="Also train the same shape from random weights.")]
+Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated. Local JSONL tasks: in a recipe.")]
+StopAfter = Annotated[str | None, typer.Option(help="Last stage to run: text, measure, …, report.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any other recipe key: --set distill.learning_rate=1e-4")]
+Redo = Annotated[bool, typer.Option("--redo", help="Do stages again that a changed recipe makes stale.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) -> Any:
+    """The recipe of a file, a run folder, or flags alone; flags override it."""
+    from prunus import recipe
+    from prunus.run import is_run
+
+    path = Path(source)
+    file = path / "recipe.yaml" if is_run(path) else path if path.suffix in (".yaml", ".yml") else None
+    if file is not None and not file.is_file():
+        raise BadRecipe(f"{file}: no such recipe")
+    values = {"model": source} if file is None else recipe.read_yaml(file)
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise BadRecipe(f"--set {setting!r}: write KEY=VALUE, such as distill.learning_rate=1e-4")
+        changes[key] = yaml.safe_load(value)
+    budget = [key for key in ("params", "memory", "arch") if changes.get(key) is not None]
+    if budget:  # a budget on the command line replaces the recipe's, of whatever kind
+        values = {key: value for key, value in values.items() if key not in ("params", "memory", "arch")}
+    return recipe.parse(recipe.override(values, changes), source=str(file or "command line"))
+
+
+def _run(stage: str, source: str, changes: dict[str, Any], settings: list[str] | None, redo: bool, as_json: bool) -> None:
+    from prunus.pipeline import compress
+    from prunus.run import is_run
+
+    again = stage if is_run(Path(source)) and stage != "compress" else None
+    if stage != "compress":
+        changes["stop_after"] = stage
+    recipe = _recipe(source, changes, settings)
+    run = compress(recipe, redo=redo or again is not None, redo_stage=again)
+    if as_json:
+        files = {name: str(run.path(name)) for name in _stages() if run.finished(name)}
+        typer.echo(json.dumps({"run": str(run.root), "files": files}))
+    else:
+        _say_result(run)
+
+
+def _stages() -> tuple[str, ...]:
+    from prunus.recipe import STAGES
+
+    return STAGES
+
+
+def _say_result(run: Any) -> None:
+    from prunus.results import summary_lines
+
+    for line in summary_lines(run):
+        typer.echo(line)
+
+
+def _stage_command(stage: str, help_text: str) -> None:
+    """Registers a command that runs the pipeline up to `stage`; every one takes the same options."""
+
+    def command(
+        source: Source,
+        params: Params = None,
+        memory: Memory = None,
+        arch: Arch = None,
+        data: DataOption = None,
+        heldout: Heldout = None,
+        tokens: Tokens = None,
+        to: To = None,
+        baseline: Baseline = None,
+        tasks: Tasks = None,
+        stop_after: StopAfter = None,
+        settings: Set = None,
+        redo: Redo = False,
+        as_json: Json = False,
+    ) -> None:
+        changes = {
+            "params": params,
+            "memory": memory,
+            "arch": arch,
+            "data.train": data,
+            "data.heldout": heldout,
+            "distill.tokens": tokens,
+            "to": to and str(to),
+            "baseline": baseline,
+            "evaluate.tasks": tasks and tasks.split(","),
+            "stop_after": stop_after,
+        }
+        _run(stage, source, changes, settings, redo, as_json)
+
+    app.command(stage, help=help_text)(command)
+
+
+_stage_command("compress", "Do everything: **prunus compress MODEL --params 0.7x --data TEXT --to RUN**")
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show the axes of a model, its sizes, and where its parameters sit."""
+    from prunus import inspection
+    from prunus.checkpoint import load
+
+    checkpoint = load(model)
+    if as_json:
+        typer.echo(json.dumps(inspection.facts(checkpoint)))
+    else:
+        inspection.show(checkpoint)
+
+
+@app.command()
+def plan(
+    source: Source,
+    params: Params = None,
+    memory: Memory = None,
+    arch: Arch = None,
+    data: DataOption = None,
+    tokens: Tokens = None,
+    to: To = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Dry run: architecture, FLOPs, peak memory, time, and what would be written. Nothing is written."""
+    from prunus import planning
+
+    changes = {
+        "params": params,
+        "memory": memory,
+        "arch": arch,
+        "data.train": data,
+        "distill.tokens": tokens,
+        "to": to and str(to),
+    }
+    result = planning.plan(_recipe(source, changes, settings))
+    typer.echo(json.dumps(result)) if as_json else planning.show(result)
+
+
+_stage_command("measure", "Measure the teacher on calibration text.")
+_stage_command("score", "Score every layer, channel, neuron, head and group.")
+_stage_command("search", "Find the architecture for a budget.")
+_stage_command("prune", "Cut and repair; writes 3-pruned/.")
+
+
+@app.command()
+def distill(
+    student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="A model to train, or the folder of a run.")],
+    teacher: Annotated[str | None, typer.Option(help="The model to learn from; not needed for a run.")] = None,
+    data: DataOption = None,
+    heldout: Heldout = None,
+    tokens: Tokens = None,
+    to: To = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Distil any model into another of the same vocabulary, or do this stage of a run again."""
+    from prunus import standalone
+    from prunus.run import is_run
+
+    if is_run(Path(student)):
+        changes = {"data.train": data, "data.heldout": heldout, "distill.tokens": tokens}
+        _run("distill", student, changes, settings, redo=True, as_json=as_json)
+        return
+    missing = [name for name, value in (("--teacher", teacher), ("--data", data), ("--to", to)) if value is None]
+    if missing:
+        raise BadRecipe(f"distill needs {', '.join(missing)}")
+    values = {setting.partition("=")[0].removeprefix("distill."): setting.partition("=")[2] for setting in settings or []}
+    written = standalone.distill(student, str(teacher), str(data), tokens=tokens, settings=values, to=Path(str(to)))
+    typer.echo(json.dumps({"student": str(written)}) if as_json else f"Wrote {written}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A model, or the folder of a run.")],
+    teacher: Annotated[str | None, typer.Option(help="Also KL and agreement with this model.")] = None,
+    data: DataOption = None,
+    tokens: Annotated[str, typer.Option(help="Tokens of text to measure on.")] = "64k",
+    tasks: Tasks = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task. Default: all.")] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, divergence from a teacher, lm-eval tasks and speed of any model; or that stage of a run again."""
+    from prunus import standalone
+    from prunus.run import is_run
+
+    chosen = tasks.split(",") if tasks else []
+    if is_run(Path(model)):
+        changes = {"evaluate.tasks": chosen or None, "evaluate.limit": limit}
+        _run("evaluate", model, changes, settings, redo=True, as_json=as_json)
+        return
+    result = standalone.evaluate(model, teacher=teacher, data=data, tokens=tokens, tasks=chosen, limit=limit)
+    typer.echo(json.dumps(result)) if as_json else standalone.show(result)
+
+
+_stage_command("report", "Write 5-report.json, report.html and the model card from what a run holds.")
+
+
+def main() -> None:
+    """The `prunus` command. Exit code 2 for a mistake of the user's, with the message alone."""
+    try:
+        app(standalone_mode=False)
+    except PrunusError as error:
+        console.ERRORS.print(f"[bold red]error:[/bold red] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        console.ERRORS.print("Stopped. Run the same command again to go on.")
+        sys.exit(130)
+    except Exception as error:
+        show: Callable[[], None] | None = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()  # click's own usage errors
+        sys.exit(2)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

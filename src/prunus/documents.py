@@ -1,0 +1,236 @@
+"""Sources → documents, one at a time, and which of them are held out.
+
+train = (document for document in documents("corpus/") if not is_held_out(document, share=0.05))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import datasets
+import zstandard
+from huggingface_hub.utils import logging as hub_logging
+
+from prunus.errors import BadData
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".rst": "text"}
+OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".zst": zstandard.open}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.+)?")
+CHAT_COLUMNS = {"messages", "conversations"}
+ROWS_LOOKED_AT = 100  # to tell which columns hold text
+
+
+def documents(source: str, *, text_field: str | None = None) -> Iterator[str]:
+    """Every document of a source, one at a time. Blank documents are left out.
+
+    Args:
+        source: a .jsonl, .json, .parquet, .txt, .md or .rst file (.gz and .zst too), a folder of such files (searched
+            recursively, read in sorted order, hidden files left out), or a hub data set `owner/name` or
+            `owner/name:config`, of which the split `train` is streamed. A plain text file is one document.
+        text_field: the column that holds the text. Default: `text`, or else the only column of strings.
+    Raises:
+        BadData: nothing there, nothing readable, not UTF-8, a broken line, or no column of text. Where the contents are
+            at fault, it is raised while reading.
+    """
+    path = Path(source).expanduser()
+    texts: Iterable[str]
+    if path.exists():
+        texts = itertools.chain.from_iterable(_read(file, text_field) for file in _files(path))
+    elif HUB_ID.fullmatch(source) and _reader(path) is None:
+        texts = _read_hub(source, text_field)
+    else:
+        raise BadData(f"{source}: no such file or folder. Check the path, or give a hub data set as owner/name.")
+    return _not_blank(texts, source)
+
+
+def is_held_out(document: str, *, share: float) -> bool:
+    """Whether a document belongs to the held-out part, which is `share` of all documents.
+
+    It depends on the document's text alone: data that is appended, reordered or repeated never moves a document from
+    one part to the other, and copies of one document all fall on the same side.
+
+        train = (document for document in documents(source) if not is_held_out(document, share=0.05))
+        heldout = (document for document in documents(source) if is_held_out(document, share=0.05))
+    """
+    digest = hashlib.sha256(document.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def split_documents(docs: Iterable[str], *, held_out_share: float = 0.05) -> tuple[list[str], list[str]]:
+    """Train and held-out documents as lists in memory; for a large corpus filter by `is_held_out` instead."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for document in docs:
+        parts[is_held_out(document, share=held_out_share)].append(document)
+    return parts
+
+
+def _reader(file: Path) -> str | None:
+    name = Path(file.stem) if file.suffix in OPENERS else file
+    return READERS.get(name.suffix.lower())
+
+
+def _files(path: Path) -> list[Path]:
+    readable = f"Prunus reads {', '.join(READERS)}, also as {' or '.join(OPENERS)}"
+    if path.is_file():
+        if _reader(path) is None:
+            raise BadData(f"{path}: a {path.suffix or 'file without suffix'} is not text. {readable}; convert it.")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise BadData(f"{path}: no readable file in this folder. {readable}; put some there or give another folder.")
+    return files
+
+
+def _not_blank(texts: Iterable[str], source: str) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        if text.strip():
+            empty = False
+            yield text
+    if empty:
+        raise BadData(f"{source}: it is empty, no document has any text. Give a source with text.")
+
+
+def _read(file: Path, text_field: str | None) -> Iterator[str]:
+    if _reader(file) == "text":
+        return _read_text(file)
+    return _read_table(file, text_field)
+
+
+def _open(file: Path) -> TextIO:
+    return OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8-sig")
+
+
+def _read_text(file: Path) -> Iterator[str]:
+    """One document, read without `datasets`, which takes longer to open a small file than to read it."""
+    try:
+        with _open(file) as stream:
+            text = stream.read()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file) from error
+    except Exception as error:  # a damaged archive raises a type of its own for each kind of damage
+        raise BadData(f"{file}: it cannot be read ({_first_line(error)}). Check it, and its permissions.") from error
+    if "\0" in text:
+        raise _not_utf8(file)
+    yield text
+
+
+def _read_table(file: Path, text_field: str | None) -> Iterator[str]:
+    try:
+        with _quiet():
+            pattern = glob.escape(str(file))
+            rows = datasets.load_dataset(_reader(file), data_files=[pattern], split="train", streaming=True)
+            yield from _texts(rows, text_field, str(file))
+    except BadData:
+        raise
+    except StopIteration:  # what `datasets` makes of an empty file
+        return
+    except Exception as error:  # pyarrow, json, gzip, zstandard and datasets each raise their own
+        if _reader(file) == "parquet":
+            raise BadData(
+                f"{file}: damaged, or not Parquet ({_first_line(error)}). Write or fetch it again."
+            ) from error
+        raise _broken_json(file, error) from error
+
+
+def _read_hub(source: str, text_field: str | None) -> Iterator[str]:
+    name, _, config = source.partition(":")
+    try:
+        with _quiet():
+            rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+            yield from _texts(rows, text_field, source)
+    except BadData:
+        raise
+    except Exception as error:  # the hub client raises a different type for each of: offline, missing, gated, time-out
+        raise BadData(
+            f"{source}: no such file or folder, and the hub did not give it ({type(error).__name__}: "
+            f"{_first_line(error)}). Check the name and the network, or give a local file or folder."
+        ) from error
+
+
+def _texts(rows: Iterable[Mapping[str, Any]], text_field: str | None, source: str) -> Iterator[str]:
+    stream = iter(rows)
+    first = list(itertools.islice(stream, ROWS_LOOKED_AT))
+    if not first:
+        return
+    column = _text_column(first, text_field, source)
+    for row in itertools.chain(first, stream):
+        text = row.get(column)
+        if text is not None and not isinstance(text, str):
+            raise BadData(f"{source}: column {column!r} holds a {type(text).__name__} where text belongs: {text!r:.60}")
+        yield text or ""
+
+
+def _text_column(rows: Sequence[Mapping[str, Any]], text_field: str | None, source: str) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    strings = [column for column in columns if any(isinstance(row.get(column), str) for row in rows)]
+    wanted = text_field or "text"
+    if wanted in strings:
+        return wanted
+    if not text_field and len(strings) == 1 and not CHAT_COLUMNS.union(["text"]).intersection(columns):
+        return strings[0]
+    listed = ", ".join(f"{column} (text)" if column in strings else column for column in columns)
+    why = "it is chat data, which is not read; " if CHAT_COLUMNS.intersection(columns) else ""
+    raise BadData(
+        f"{source}: {why}no column {wanted!r} that holds text. Columns: {listed}. Name the one to read (text_field)."
+    )
+
+
+def _broken_json(file: Path, error: Exception) -> BadData:
+    try:
+        why = _broken_line(file) or _first_line(error)
+    except Exception as damage:  # of the encoding or the archive
+        error, why = damage, _first_line(damage)
+    if isinstance(error, UnicodeDecodeError):
+        return _not_utf8(file)
+    return BadData(
+        f"{file}: broken JSON ({why}). "
+        'Every line of a .jsonl must be one object, such as {"text": "…"}; mend or remove what is broken.'
+    )
+
+
+def _broken_line(file: Path) -> str | None:
+    """Which line of a .jsonl is not JSON. The parser of `datasets` counts from the last 10 MB that it read."""
+    with _open(file) as stream:
+        for number, line in enumerate(stream if ".jsonl" in file.suffixes else (), start=1):
+            try:
+                json.loads(line if line.strip() else "null")
+            except json.JSONDecodeError as mistake:
+                return f"line {number}: {mistake.msg} at character {mistake.colno}"
+    return None
+
+
+def _not_utf8(file: Path) -> BadData:
+    return BadData(f"{file}: not UTF-8 text but binary, or in another encoding. Convert it to UTF-8, or leave it out.")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the bars and logs of `datasets` and the hub client; what matters is raised."""
+    level, hub_level = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bar()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if bars:
+            datasets.enable_progress_bar()

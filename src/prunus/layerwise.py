@@ -1,0 +1,132 @@
+"""Walk a model layer by layer: all calibration text through one layer before the next.
+
+A layer's weights are touched once per walk, only one layer's statistics are alive at a time, and variants of a model
+that share a prefix share its computation. Measuring, leave-one-out and repair are all walks.
+
+Shapes: B blocks in a batch, S tokens in a block, H channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunus import hardware
+
+
+class TokenBlocks(Protocol):
+    """What a walk needs of `text.Blocks`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass
+class Batch:
+    """Some blocks on their way through the layers.
+
+    Attributes:
+        stream_BSH: the residual stream before the next layer.
+        layer_inputs: keyword arguments of each layer (mask, positions, rotary tables).
+    """
+
+    stream_BSH: Tensor
+    layer_inputs: list[dict[str, Any]]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer: keeps what the layer would have been called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **inputs: Any) -> Tensor:
+        self.inputs = inputs
+        return hidden_states
+
+
+def body(model: PreTrainedModel) -> Any:
+    """The model without its output head."""
+    return model.base_model
+
+
+def enter(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor) -> Batch:
+    """The residual stream before layer 0, and what each layer will be called with.
+
+    The model's own forward runs with its layers replaced, in a shallow copy, by recorders; so masks and rotary tables
+    are made by the model's own code, whatever the family.
+    """
+    inner = copy.copy(body(model))
+    recorders = [_Recorder() for _ in inner.layers]
+    inner._modules = inner._modules | {"layers": nn.ModuleList(recorders), "norm": nn.Identity()}
+    stream = inner(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
+    return Batch(stream, [recorder.inputs for recorder in recorders])
+
+
+def enter_all(model: PreTrainedModel, blocks: TokenBlocks, *, batch_blocks: int) -> list[Batch]:
+    device = next(model.parameters()).device
+    starts = range(0, len(blocks), batch_blocks)
+    batches = (blocks.batch(list(range(start, min(start + batch_blocks, len(blocks))))) for start in starts)
+    return [enter(model, tokens.to(device), positions.to(device)) for tokens, positions in batches]
+
+
+def run_layer(layer: nn.Module, stream_BSH: Tensor, inputs: dict[str, Any]) -> Tensor:
+    output = layer(stream_BSH, **inputs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Reached(Exception):
+    pass
+
+
+def input_of(layer: nn.Module, module: str, batch: Batch, index: int) -> Tensor:
+    """The input of one module inside a layer; what comes after it is not computed."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    handle = layer.get_submodule(module).register_forward_pre_hook(stop)
+    try:
+        run_layer(layer, batch.stream_BSH, batch.layer_inputs[index])
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{module} was not called")
+
+
+@contextlib.contextmanager
+def observe(layer: nn.Module, observers: Mapping[str, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
+    """Call `observers[module](input, output)` whenever that module of the layer has run."""
+    with contextlib.ExitStack() as stack:
+        for module, observer in observers.items():
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, see: Any = observer) -> None:
+                see(args[0], output)
+
+            stack.callback(layer.get_submodule(module).register_forward_hook(hook).remove)
+        yield
+
+
+@torch.no_grad()
+def gram(x_ND: Tensor, *, column_blocks: int = 4) -> Tensor:
+    """xᵀx as float32 [D, D]. Computed as an upper block triangle (5/8 of the work) and mirrored."""
+    width = -(-x_ND.shape[1] // column_blocks)
+    result = torch.empty(x_ND.shape[1], x_ND.shape[1], dtype=torch.float32, device=x_ND.device)
+    for start in range(0, x_ND.shape[1], width):
+        stop = min(start + width, x_ND.shape[1])
+        part = hardware.matmul_float32(x_ND[:, start:stop].T, x_ND[:, start:])
+        result[start:stop, start:] = part
+        result[start:, start:stop] = part.T
+    return result

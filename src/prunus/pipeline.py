@@ -1,0 +1,189 @@
+"""READ FIRST. A teacher becomes a student: text → measure → score → search → prune → distill → evaluate → report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+from prunus import architecture, console, cost, distill as training, importance, measure, results, text
+from prunus.budget import parse_budget
+from prunus.checkpoint import atomic_file
+from prunus.documents import documents, is_held_out, shuffled
+from prunus.errors import BadRecipe
+from prunus.prune import prune
+from prunus.recipe import STAGES, Recipe
+from prunus.report import model_card, write_report
+from prunus.run import BASELINE, Run, claim, write_json
+from prunus.scores import save_scores
+from prunus.search import Search, search
+
+FEW_DOCUMENTS = 100
+"""With fewer, the tail of each is held out; a share of so few documents could be none."""
+
+
+def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None) -> Run:
+    """Do every stage that is not done yet, up to `recipe.stop_after`.
+
+    Args:
+        recipe: everything the run depends on.
+        redo, redo_stage: see `run.claim`.
+    Returns:
+        the run; its files hold the results.
+    """
+    with claim(recipe, redo=redo, redo_stage=redo_stage) as run:
+        for stage in STAGES[: STAGES.index(recipe.stop_after) + 1]:
+            if not run.finished(stage) or stage == "report":
+                with run.timed(stage):
+                    RUN_STAGE[stage](run)
+        return run
+
+
+def _text(run: Run) -> None:
+    """Tokenise the training and the held-out text into packed blocks."""
+    data, tokenizer = run.recipe.data, run.teacher.tokenizer()
+    limit = run.recipe.distill.tokens and max(run.recipe.distill.tokens, run.recipe.measure.tokens)
+    if limit is None and not Path(data.train).exists():
+        raise BadRecipe(f"data.train: {data.train!r} is on the hub; say how much of it to read (--tokens 10M)")
+    sources = {
+        "train": (lambda: _side(data.train, data.text_field, 0 if data.heldout else data.heldout_share, False), limit),
+        "heldout": (
+            lambda: documents(data.heldout, text_field=data.text_field)
+            if data.heldout
+            else _side(data.train, data.text_field, data.heldout_share, True),
+            data.heldout_tokens,
+        ),
+    }
+    for name, (read, max_tokens) in sources.items():
+        to = run.root / "0-text" / name
+        if to.exists():
+            continue
+        with console.bar(f"{name} text", unit="tokens") as step:
+            text.tokenise(
+                shuffled(read(), seed=0),
+                tokenizer,
+                block_size=data.block_size,
+                max_tokens=max_tokens,
+                to=to,
+                label=data.heldout or data.train if name == "heldout" else data.train,
+                progress=lambda done, step=step, most=max_tokens: step(done, most),
+            )
+
+
+def _side(source: str, text_field: str | None, share: float, held_out: bool):  # noqa: ANN202
+    """The documents of one side of the split of a source."""
+    docs = documents(source, text_field=text_field)
+    first = list(islice(docs, FEW_DOCUMENTS))
+    if share and len(first) < FEW_DOCUMENTS:
+        for document in first:
+            cut = document.rfind("\n", 0, int(len(document) * (1 - share))) + 1 or int(len(document) * (1 - share))
+            yield document[cut:] if held_out else document[:cut]
+        return
+    for part in (first, docs):
+        yield from (document for document in part if is_held_out(document, share=share) == held_out)
+
+
+def _measure(run: Run) -> None:
+    """One pass over the calibration text."""
+    options = run.recipe.measure
+    model = run.teacher.module()
+    with console.bar("layers", unit="layers") as step:
+        statistics = measure.measure(run.teacher, run.calibration, model=model, grams=options.grams, progress=step)
+    if options.leave_one_out:
+        with console.bar("leaving one out", unit="layers") as step:
+            statistics = measure.with_leave_one_out(run.teacher, statistics, run.validation, model=model, progress=step)
+    measure.save_statistics(statistics, run.path("measure"))
+
+
+def _score(run: Run) -> None:
+    save_scores(importance.score(run.statistics, **run.recipe.score.model_dump()), run.path("score"))
+
+
+def _search(run: Run) -> None:
+    """Find the architecture, unless the recipe names it."""
+    recipe = run.recipe
+    if recipe.arch is not None:
+        write_json(run.path("search"), results.explicit(run.teacher, architecture.parse(recipe.arch, run.teacher.architecture)))
+        return
+    budget = parse_budget(run.teacher, params=recipe.params, memory=recipe.memory)
+    with console.bar("probes and candidates", unit="models") as step:
+        found: Search = search(
+            run.teacher,
+            run.scores,
+            budget,
+            calibration=run.calibration,
+            heldout=run.validation,
+            candidates=recipe.search.candidates,
+            probe_blocks=max(1, recipe.search.probe_tokens // recipe.data.block_size),
+            tolerance=recipe.search.tolerance,
+            repair=recipe.prune.repair,
+            progress=step,
+        )
+    write_json(run.path("search"), results.searched(found, budget))
+
+
+def _prune(run: Run) -> None:
+    """Cut, repair, write, reload, compare."""
+    options, target = run.recipe.prune, results.chosen(run.candidates)
+    run.require_space(1.1 * run.teacher.dtype.itemsize * cost.parameters(run.teacher.family, run.teacher.layout, target), "the pruned model")
+    with console.bar("repair", unit="layers") as step:
+        prune(
+            run.teacher,
+            run.scores,
+            target,
+            to=run.path("prune"),
+            calibration=run.calibration if options.repair else None,
+            norm_correction=options.norm_correction,
+            head_residuals=options.head_residuals,
+            damping=options.damping,
+            progress=step,
+        )
+
+
+def _distill(run: Run) -> None:
+    """Train the student on its teacher; with `baseline` also its shape from random weights."""
+    settings = training.Settings(**run.recipe.distill.model_dump())
+    # The result, and float32 weights with Adam's two moments while it is under way.
+    run.require_space(run.pruned.bytes + 12 * run.pruned.parameters, "distillation")
+    starts = {run.path("distill"): False} | ({run.root / BASELINE: True} if run.recipe.baseline else {})
+    for to, random_init in starts.items():
+        if to.exists():
+            continue
+        with console.bar("random init" if random_init else "student", unit="tokens") as step:
+            training.distill(
+                run.pruned,
+                run.teacher,
+                run.train,
+                to=to,
+                settings=settings,
+                random_init=random_init,
+                progress=lambda at, step=step: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
+            )
+
+
+def _evaluate(run: Run) -> None:
+    """Teacher, cut, repaired, distilled and baseline on held-out text; tasks, speed and samples."""
+    write_json(run.path("evaluate"), results.evaluate(run))
+
+
+def _report(run: Run) -> None:
+    """Everything that is there, as JSON, as a page, and as the model's card."""
+    report = results.collect(run)
+    write_json(run.root / "5-report.json", report)
+    write_report(report, run.root / "report.html")
+    for stage in ("prune", "distill"):
+        if run.finished(stage):
+            with atomic_file(run.path(stage) / "README.md") as partial:
+                partial.write_text(model_card(report))
+
+
+RUN_STAGE: dict[str, Callable[[Run], None]] = {
+    "text": _text,
+    "measure": _measure,
+    "score": _score,
+    "search": _search,
+    "prune": _prune,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "report": _report,
+}

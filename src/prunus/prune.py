@@ -1,0 +1,172 @@
+"""Scores + Architecture → kept indices → a new checkpoint.
+
+Shapes: L layers, H channels of the residual stream, F FFN neurons, A query heads, G key-value groups, N tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from prunus import refit, repair
+from prunus.architecture import Architecture, to_config
+from prunus.checkpoint import Checkpoint, save
+from prunus.errors import BudgetUnreachable
+from prunus.families import Family
+from prunus.layerwise import TokenBlocks
+from prunus.scores import Scores
+from prunus.selection import Kept, illegal_cut, select
+
+KEPT_FILE = "prunus.json"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A cut model in memory: config, parameters by name (a tied head left out), and what was kept."""
+
+    config: PreTrainedConfig
+    architecture: Architecture
+    tensors: dict[str, Tensor]
+    kept: Kept
+
+
+def cut(
+    teacher: Checkpoint,
+    scores: Scores,
+    target: Architecture,
+    *,
+    norm_correction: bool = True,
+    head_residuals: bool = False,
+) -> Student:
+    """Slice the teacher's weights to `target`.
+
+    Args:
+        norm_correction: scale norm weights for the channels that left (`repair.norm_scale`).
+        head_residuals: fold dropped query heads into kept ones (`repair.head_residuals`).
+    Raises:
+        BudgetUnreachable: the architecture is illegal for this family, or not smaller; says why.
+    """
+    family, source = teacher.family, teacher.architecture
+    if reasons := illegal_cut(family, source, target):
+        raise BudgetUnreachable(f"architecture {target} is not legal for {family.model_type}: {'; '.join(reasons)}")
+    kept = select(scores, source, target)
+    student_layer = {layer: number for number, layer in enumerate(kept.layers)}
+    tensors = {}
+    for name, tensor in teacher.tensors():
+        layer, local = family.split(name)
+        if layer is not None and layer not in student_layer:
+            continue
+        number = student_layer.get(layer, 0) if layer is not None else 0
+        if head_residuals and local.startswith(family.branches[0].reads[0]):
+            tensor = _with_head_residuals(tensor, scores["heads"][layer], source, target)
+        for dim, unit in enumerate(teacher.layout[name]):
+            index = kept.index(unit, number, source.head_dim)
+            tensor = tensor if index is None else tensor.index_select(dim, index)
+        if norm_correction:
+            tensor = _corrected(tensor, family, layer, local, scores, kept)
+        tensors[name if layer is None else f"{family.layer_prefix}{number}.{local}"] = tensor
+    config = to_config(
+        teacher.config.to_dict(),
+        target,
+        fields=family.fields,
+        kept_layers=kept.layers,
+        per_layer_fields=family.per_layer_fields,
+        layer_count_fields=family.layer_count_fields,
+    )
+    return Student(type(teacher.config).from_dict(config), target, tensors, kept)
+
+
+def build(student: Student, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model of a cut student, in evaluation mode."""
+    model = AutoModelForCausalLM.from_config(student.config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(student.tensors, strict=False)
+    tied = {f"{name}.weight" for name in ("lm_head",)} if student.config.tie_word_embeddings else set()
+    assert not unexpected, unexpected
+    assert set(missing) <= tied, missing
+    return model.eval()
+
+
+def prune(
+    teacher: Checkpoint,
+    scores: Scores,
+    target: Architecture,
+    *,
+    to: Path | str,
+    calibration: TokenBlocks | None = None,
+    norm_correction: bool = True,
+    head_residuals: bool = False,
+    damping: float = repair.DAMPING,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Checkpoint:
+    """Cut the teacher to `target`, repair it, and write a plain checkpoint.
+
+    Args:
+        to: folder to write; appears whole or not at all.
+        calibration: text for the least-squares repair; without it only the norms are corrected.
+    Returns:
+        the written student, reloaded and compared with what was meant to be written.
+    """
+    student = cut(teacher, scores, target, norm_correction=norm_correction, head_residuals=head_residuals)
+    tensors = student.tensors
+    if calibration is not None and target != teacher.architecture:
+        model = repaired(teacher, student, calibration, damping=damping, progress=progress)
+        tensors = {name: model.get_parameter(name).detach().to(teacher.dtype) for name in tensors}
+    kept = json.dumps({"teacher": teacher.fingerprint, "kept": vars(student.kept)})
+    written = save(Path(to), student.config, tensors, like=teacher, extra_files={KEPT_FILE: kept})
+    assert written.parameters == sum(tensor.numel() for tensor in tensors.values())
+    return written
+
+
+def repaired(
+    teacher: Checkpoint,
+    student: Student,
+    calibration: TokenBlocks,
+    *,
+    teacher_model: PreTrainedModel | None = None,
+    damping: float = repair.DAMPING,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PreTrainedModel:
+    """The student as a transformers model, in the teacher's dtype, after `repair_layers`."""
+    model = build(student, teacher.dtype)
+    source = teacher_model or teacher.module()
+    refit.repair_layers(source, model, teacher.family, student.kept, calibration, damping=damping, progress=progress)
+    return model
+
+
+def _with_head_residuals(tensor: Tensor, scores_A: Tensor, teacher: Architecture, target: Architecture) -> Tensor:
+    per_group = teacher.heads // teacher.kv_heads
+    groups = tensor.float().view(teacher.kv_heads, per_group, -1)
+    ranks = torch.argsort(scores_A.view(teacher.kv_heads, per_group), dim=1, descending=True, stable=True)
+    kept = target.heads // target.kv_heads
+    folded = [repair.head_residuals(heads, rank, kept) for heads, rank in zip(groups, ranks.tolist(), strict=True)]
+    return torch.stack(folded).view(tensor.shape).to(tensor.dtype)
+
+
+def _corrected(tensor: Tensor, family: Family, layer: int | None, local: str, scores: Scores, kept: Kept) -> Tensor:
+    """A norm's weight scaled for the channels that left; other tensors, and uncut norms, as they are.
+
+    Where the embedding is scaled by √hidden the student's stream is smaller than the teacher's by √(H′/H). Norms that
+    read it undo that by themselves; what is written to it must shrink alike.
+    """
+    module = local.removesuffix(".weight")
+    total = scores["hidden"].numel()
+    if len(kept.hidden) == total:
+        return tensor
+    stream_scale = math.sqrt(len(kept.hidden) / total) if family.scaled_embedding else 1.0
+    if any(module == branch.write and branch.post_norm is None for branch in family.branches):
+        return tensor if stream_scale == 1.0 else (tensor.float() * stream_scale).to(tensor.dtype)
+    energy = scores.energy(module, layer)
+    if energy is None:
+        return tensor
+    scale = repair.norm_scale(energy, torch.tensor(kept.hidden))
+    if any(module == branch.post_norm for branch in family.branches):
+        scale *= stream_scale
+    offset = family.norm_offset
+    return ((tensor.float() + offset) * scale - offset).to(tensor.dtype)

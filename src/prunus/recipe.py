@@ -1,0 +1,238 @@
+"""One YAML → frozen typed values. Unknown keys are refused with a suggestion, and all mistakes come at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from prunus import importance
+from prunus.budget import parse_quantity
+from prunus.errors import BadRecipe
+
+STAGES = ("text", "measure", "score", "search", "prune", "distill", "evaluate", "report")
+Stage = Literal["text", "measure", "score", "search", "prune", "distill", "evaluate", "report"]
+
+
+def _count(value: object) -> object:
+    """`200k` → 200000; everything else is left to the type check."""
+    if isinstance(value, str):
+        number = parse_quantity(value)
+        if number != int(number):
+            raise ValueError(f"{value!r} is not a whole number")
+        return int(number)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
+Amount = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
+
+
+class Section(BaseModel):
+    """Part of a recipe. Frozen; unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    """Text. Held-out text decides between candidates and judges the result; it is never trained on."""
+
+    train: str = Field(description="file, folder (JSONL, Parquet, text) or hub id of the training text")
+    heldout: str | None = Field(None, description="held-out text; default: a share of the documents of `train`")
+    heldout_share: float = Field(0.05, gt=0, lt=1, description="share of the documents held out where `heldout` is not given")
+    heldout_tokens: Count = Field(65536, description="held-out tokens; a third serves the search, the rest the evaluation")
+    text_field: str | None = Field(None, description="column that holds the text; default: `text`")
+    block_size: Count = Field(512, description="tokens of a packed block: the context in training and evaluation")
+
+
+class Measure(Section):
+    """The pass over calibration text."""
+
+    tokens: Count = Field(32768, description="calibration tokens, from the training text")
+    grams: bool = Field(False, description="also Gram matrices, for the score ffn=reconstruction")
+    leave_one_out: bool = Field(False, description="also the loss without each layer, for the score layers=leave_one_out")
+
+
+def _one_of(axis: str) -> Any:
+    def check(value: str) -> str:
+        options = importance.AGGREGATIONS if axis == "aggregation" else tuple(importance.TABLE[axis])
+        if value not in options:
+            close = difflib.get_close_matches(value, options, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(options)}"
+            raise ValueError(f"{value!r} is unknown; {hint}")
+        return value
+
+    return Annotated[str, BeforeValidator(check)]
+
+
+class Score(Section):
+    """Which published score ranks each axis, and the aggregation "over blocks : over tokens"."""
+
+    layers: _one_of("layers") = importance.DEFAULTS["layers"]  # type: ignore[valid-type]
+    hidden: _one_of("hidden") = importance.DEFAULTS["hidden"]  # type: ignore[valid-type]
+    ffn: _one_of("ffn") = importance.DEFAULTS["ffn"]  # type: ignore[valid-type]
+    heads: _one_of("heads") = importance.DEFAULTS["heads"]  # type: ignore[valid-type]
+    kv_heads: _one_of("kv_heads") = importance.DEFAULTS["kv_heads"]  # type: ignore[valid-type]
+    aggregation: _one_of("aggregation") = importance.DEFAULTS["aggregation"]  # type: ignore[valid-type]
+
+
+class Search(Section):
+    """How the architecture is found; unused with an explicit `arch`."""
+
+    candidates: int = Field(4, ge=1, description="architectures that are built, repaired and measured")
+    probe_tokens: Count = Field(4096, description="calibration tokens for the repair of each probe and candidate")
+    tolerance: float = Field(0.01, gt=0, le=0.2, description="allowed distance from the budget, as a share of it")
+
+
+class Prune(Section):
+    """The cut."""
+
+    repair: bool = Field(True, description="least-squares repair on the calibration text")
+    norm_correction: bool = True
+    head_residuals: bool = False
+    damping: float = Field(0.01, gt=0, description="ridge of the repair, as a share of the mean diagonal")
+
+
+class Distill(Section):
+    """The training. See `prunus.distill.Settings`."""
+
+    tokens: Count | None = Field(None, description="training tokens; default: the text once")
+    batch_tokens: Count | None = Field(None, description="tokens of a step; default: at least 128 steps")
+    micro_blocks: Count = 2
+    learning_rate: float | None = Field(None, gt=0, description="peak; default: 3e-4 · √(576 / hidden)")
+    final_share: float = Field(0.1, ge=0, le=1)
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    seed: int = 0
+
+
+class LocalTask(Section):
+    """A multiple-choice task over a local JSONL file. See `prunus.tasks.LocalTask`."""
+
+    name: str
+    file: str
+    query: str = ""
+    choices: str | list[str]
+    gold: str | int
+
+
+class Evaluate(Section):
+    """What is measured at the end."""
+
+    tasks: list[str | LocalTask] = Field(default_factory=list, description="lm-eval tasks by name, or local JSONL tasks")
+    limit: Count | None = Field(None, description="rows of each task; default: all")
+    speed: bool = True
+    prompts: list[str] | None = Field(None, description="prompts of the sample texts; default: a few neutral ones")
+
+
+class Recipe(Section):
+    """Everything that a run depends on."""
+
+    model: str = Field(description="folder, hub id or .gguf file")
+    to: str = Field(description="run directory")
+    params: Amount | None = Field(None, description="budget of parameters: 0.7x or 95M")
+    memory: Amount | None = Field(None, description="budget of weights + KV cache: 0.7x or 180MB")
+    arch: str | None = Field(None, description="explicit sizes: hidden=512,ffn=1024,…")
+    data: Data
+    measure: Measure = Measure()
+    score: Score = Score()
+    search: Search = Search()
+    prune: Prune = Prune()
+    distill: Distill = Distill()
+    baseline: bool = Field(False, description="also train the same architecture from random weights")
+    evaluate: Evaluate = Evaluate()
+    stop_after: Stage = "report"
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        given = [name for name in ("params", "memory", "arch") if getattr(self, name) is not None]
+        if len(given) != 1:
+            was = f"not {' and '.join(given)}" if given else "but none is there"
+            raise ValueError(f"exactly one of params, memory and arch is needed, {was}")
+        return self
+
+
+def parse(values: Mapping[str, Any], *, source: str) -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        BadRecipe: lists every mistake, unknown keys with the nearest known one.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        mistakes = [_explain(detail) for detail in error.errors()]
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise BadRecipe(f"{source}: {count}\n" + "\n".join(f"  - {mistake}" for mistake in mistakes)) from error
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises BadRecipe if it is none."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise BadRecipe(f"{file}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise BadRecipe(f"{file}: a recipe is a mapping of keys to values (see recipes/ for examples)")
+    return values
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> str:
+    return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+
+
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with some replaced, given by dotted path; a change to None is no change."""
+    result = json.loads(json.dumps(values))
+    for path, value in changes.items():
+        if value is None:
+            continue
+        *parents, last = path.split(".")
+        place = result
+        for parent in parents:
+            if not isinstance(place.setdefault(parent, {}), dict):
+                place[parent] = {}
+            place = place[parent]
+        place[last] = value
+    return result
+
+
+def _explain(detail: Mapping[str, Any]) -> str:
+    """A pydantic error as a line that says what to change."""
+    path = [str(part) for part in detail["loc"]]
+    where, kind = ".".join(path), detail["type"]
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.5)
+        known = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(_known_keys(path[:-1]))}"
+        return f"unknown key {where!r}; {known}"
+    if kind == "missing":
+        return f"{where} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        field = section.model_fields.get(part)
+        inner = getattr(field, "annotation", None)
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return list(_all_keys())
+        section = inner
+    return list(section.model_fields)
+
+
+def _all_keys() -> Iterator[str]:
+    for section in (Recipe, Data, Measure, Score, Search, Prune, Distill, Evaluate, LocalTask):
+        yield from section.model_fields

@@ -1,0 +1,292 @@
+"""What happened, for people: `report.html` (one file, no network, no script) and the model card.
+
+Both show the content of `5-report.json`, with the verdict in front. A part that is missing is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from prunus import formats, pictures
+from prunus.architecture import AXES
+from prunus.checkpoint import atomic_file
+from prunus.verdict import Report, cautions, compared, complete, evaluated, final_stage, grade, verdict
+
+CANDIDATES_SHOWN = 12
+FIELDS: dict[str, tuple[str, Callable[[float | None], str], str]] = {
+    "parameters": ("Parameters", formats.count, ""),
+    "bytes": ("Size on disk", formats.byte_size, ""),
+    "kv_bytes_per_token": ("KV cache per token", formats.byte_size, ""),
+    "flops_per_token": ("FLOPs per token", formats.count, ""),
+    "perplexity": ("Perplexity", formats.number, "lower is better"),
+    "bits_per_byte": ("Bits per byte", formats.number, "lower is better"),
+    "kl_to_teacher": ("KL to the teacher", formats.number, "nats per token, lower is better"),
+    "top1_agreement": ("Same first choice", formats.percent, "agreement with the teacher on the likeliest next token"),
+    "prefill_tokens_per_second": ("Prompt tokens/s", formats.number, "higher is better"),
+    "decode_tokens_per_second": ("Generated tokens/s", formats.number, "higher is better"),
+}
+"""What is known of a model → its name, form and note on the page."""
+COMPARISONS = ("kl_to_teacher", "top1_agreement")
+"""Fields that compare with the teacher, so that student / teacher says nothing more."""
+TILES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "decode_tokens_per_second", "perplexity")
+
+
+def write_report(report: Report, to: Path) -> None:
+    """Write the page as one self-contained HTML file; it appears whole or not at all.
+
+    Args:
+        report: the content of `5-report.json`.
+        to: the file to write.
+    Raises:
+        BadOutput: the disk is full.
+    """
+    report = complete(report)
+    html = _templates().get_template("report.html.jinja").render(_words(report) | _pictures(report))
+    with atomic_file(to) as partial:
+        partial.write_text(html, encoding="utf-8")
+
+
+def model_card(report: Report) -> str:
+    """README.md of the output model: YAML front matter for the hub, then results, how it was made, and its limits.
+
+    A card is published, so folders of this machine are cut out of it.
+    """
+    words = _words(complete(report))
+    teacher = (report.get("teacher") or {}).get("name", "")
+    front = {
+        "base_model": teacher if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher) else words["name"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["prunus", "pruned", *["distilled"] * (final_stage(complete(report)) == "distilled")],
+    }
+    front_matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    card = _templates().get_template("model_card.md.jinja").render(words, base=front["base_model"], front=front_matter)
+    return re.sub(r"(?<![\w:/.<~-])~?/(?:[\w.@+-]+/)+", "", card)
+
+
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=lambda name: bool(name and name.endswith(".html.jinja")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = _markdown
+    return environment
+
+
+def _markdown(text: str) -> str:
+    """Text as text: no HTML, no table cell or emphasis begun by accident."""
+    one_line = " ".join(text.split())
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+# -------------------- words and tables
+
+
+def _words(report: Report) -> dict[str, Any]:
+    """Everything that the templates show, except the pictures."""
+    distilled = final_stage(report) == "distilled"
+    return {
+        "name": _name(report),
+        "headline": _headline(report),
+        "created": report["created"].replace("T", " ")[:16],
+        "made": f"Pruned{' and distilled' * distilled} by Prunus {report['prunus']}",
+        "grade": grade(report),
+        "verdict": verdict(report),
+        "cautions": cautions(report),
+        "tiles": _tiles(report),
+        "results": _results(report) if report["models"] else None,
+        "training": _training(report["training"]) if report["training"].get("curve") else [],
+        "functions": report["scores"].get("functions", {}),
+        "removed_layers": _removed_layers(report),
+        "candidates": _candidates(report) if report["candidates"] else None,
+        "shape": _shape(report),
+        "groups": _groups(report),
+        "samples": _samples(report),
+        "recipe": yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True) if report["recipe"] else "",
+        "provenance": _provenance(report),
+        "budget": {"text": "", "note": "", **report["budget"]},
+        "text": dict.fromkeys(("calibration", "train", "heldout"), "") | _texts(report),
+        "stages": _stages(report),
+        "total_time": formats.seconds(sum(stage["seconds"] for stage in report["stages"])),
+    }
+
+
+def _name(report: Report) -> str:
+    """The last part of a hub id or path."""
+    path = Path(report["teacher"].get("name", "unnamed model"))
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def _headline(report: Report) -> str:
+    teacher, student = (model.get("parameters") for model in compared(report))
+    if teacher is None or student is None:
+        return _name(report)
+    change = f"{formats.count(teacher)} → {formats.count(student)} parameters ({formats.times(student / teacher)})"
+    return f"{_name(report)}: {change}"
+
+
+def _removed_layers(report: Report) -> list[int]:
+    """Of the teacher."""
+    layers = report["teacher"].get("architecture", {}).get("layers", 0)
+    return sorted(set(range(layers)) - set(report["kept"].get("layers", range(layers))))
+
+
+def _tiles(report: Report) -> list[dict[str, str]]:
+    """The numbers of the headline."""
+    teacher, student = compared(report)
+    tiles = []
+    for field in TILES:
+        name, show, _ = FIELDS[field]
+        old, new = teacher.get(field), student.get(field)
+        if formats.ratio(new, old) is not None:
+            change = formats.times(formats.ratio(new, old))
+            tiles.append({"name": name, "ratio": change, "detail": f"{show(old)} → {show(new)}"})
+    return tiles
+
+
+def _results(report: Report) -> dict[str, Any]:
+    """The main table: a row per metric and task, a column per model, and the student relative to the teacher."""
+    models, final = report["models"], final_stage(report)
+    columns = [{"label": model["label"], "final": model["key"] == final} for model in models]
+    metrics = [field for field in FIELDS if any(model.get(field) is not None for model in models)]
+    tasks = dict.fromkeys(task for model in models for task in model.get("tasks") or {})
+    rows = [*(_metric_row(field, report) for field in metrics), *(_task_row(task, report) for task in tasks)]
+    return {"columns": columns, "rows": rows}
+
+
+def _metric_row(field: str, report: Report) -> dict[str, Any]:
+    name, show, note = FIELDS[field]
+    old, new = (model.get(field) for model in compared(report))
+    change = "" if field in COMPARISONS else formats.times(formats.ratio(new, old))
+    cells = [show(model.get(field)) for model in report["models"]]
+    return {"name": name, "note": note, "cells": cells, "change": change}
+
+
+def _task_row(task: str, report: Report) -> dict[str, Any]:
+    teacher, student, *shown = (
+        (model.get("tasks") or {}).get(task, {}) for model in (*compared(report), *report["models"])
+    )
+    cells = [formats.accuracy(result.get("acc"), result.get("acc_stderr")) for result in shown]
+    old, new = teacher.get("acc"), student.get("acc")
+    change = formats.points(None if old is None or new is None else new - old)
+    return {"name": task, "note": "accuracy ± standard error", "cells": cells, "change": change}
+
+
+def _training(training: Report) -> list[tuple[str, str]]:
+    first, last = training["curve"][0], training["curve"][-1]
+    return [
+        ("steps", formats.count(training["steps"])),
+        ("tokens", formats.count(training["tokens"])),
+        ("time", formats.seconds(training["seconds"])),
+        ("tokens/s", formats.number(training["tokens_per_second"])),
+        ("peak learning rate", f"{max(point['lr'] for point in training['curve']):.2g}"),
+        ("loss", f"{formats.number(first['loss'])} → {formats.number(last['loss'])}"),
+    ]
+
+
+def _candidates(report: Report) -> dict[str, Any]:
+    """The best candidates and always the chosen one."""
+    candidates = report["candidates"]
+    shown = [c for number, c in enumerate(candidates) if number < CANDIDATES_SHOWN or c["chosen"]]
+    rows, more = [_candidate(candidate) for candidate in shown], len(candidates) - len(shown)
+    return {"axes": AXES, "rows": rows, "more": more, "measured": any(c["measured"] for c in candidates)}
+
+
+def _candidate(candidate: Report) -> dict[str, Any]:
+    measured = candidate["measured"] or {}
+    return {
+        "sizes": [formats.count(candidate["architecture"][axis]) for axis in AXES],
+        "parameters": formats.count(candidate["parameters"]),
+        "predicted": formats.number(candidate["predicted_damage"]),
+        "loss": formats.number(measured.get("loss")),
+        "perplexity": formats.number(measured.get("perplexity")),
+        "chosen": candidate["chosen"],
+    }
+
+
+def _shape(report: Report) -> list[tuple[str, str, str, str]]:
+    """Each size: its name, of the teacher, of the student, and the change if there is one."""
+    teacher, student = (model.get("architecture", {}) for model in compared(report))
+    sizes = [(name, teacher[name], student[name]) for name in teacher if name in student]
+    return [(name, f"{old:,}", f"{new:,}", formats.times(new / old) if new != old else "") for name, old, new in sizes]
+
+
+def _groups(report: Report) -> dict[str, Any] | None:
+    """Parameters of each part of teacher and student, with widths for the bars (per cent of the teacher)."""
+    teacher, student = (model.get("parameters_by_group", {}) for model in compared(report))
+    if not teacher or not student:
+        return None
+    rows = []
+    bars: dict[str, list[dict[str, Any]]] = {"Teacher": [], "Student": []}
+    for number, (name, old) in enumerate(teacher.items()):
+        new, part = student.get(name, 0), {"name": name, "colour": number % 5}
+        change = formats.times(formats.ratio(new, old))
+        rows.append(part | {"teacher": formats.count(old), "student": formats.count(new), "change": change})
+        for bar, size in zip(bars.values(), (old, new), strict=True):
+            bar.append(part | {"width": round(100 * size / sum(teacher.values()), 2)})
+    return {"rows": rows, "bars": bars}
+
+
+def _samples(report: Report) -> list[dict[str, Any]]:
+    labels = {key: model["label"] for key, model in evaluated(report).items()}
+    return [
+        sample | {"continuations": [(labels.get(key, key), text) for key, text in sample["continuations"].items()]}
+        for sample in report["samples"]
+    ]
+
+
+def _provenance(report: Report) -> list[tuple[str, str]]:
+    facts = [("prunus", report["prunus"]), *report["versions"].items()]
+    for who in ("teacher", "student"):
+        facts += [(who, report[who].get("name")), (f"{who} sha256", report[who].get("fingerprint"))]
+    texts = _texts(report)
+    facts += [(f"{use} text", f"{texts[use]} · {text['fingerprint']}") for use, text in report["text"].items()]
+    budget = report["budget"]
+    sizes = [f"{key} {budget[key]:,.0f}" for key in ("target", "planned", "counted") if budget.get(key)]
+    facts.append(("budget", " · ".join(filter(None, [budget.get("text"), *sizes, budget.get("note")]))))
+    return [(name, value) for name, value in facts if value]
+
+
+def _texts(report: Report) -> dict[str, str]:
+    """Use → `250K tokens of wikitext-103 test`."""
+    return {use: f"{formats.count(text['tokens'])} tokens of {text['source']}" for use, text in report["text"].items()}
+
+
+def _stages(report: Report) -> list[dict[str, Any]]:
+    seconds = {stage["name"]: stage["seconds"] for stage in report["stages"]}
+    longest = max([1, *seconds.values()])
+    return [{"name": n, "time": formats.seconds(s), "width": round(100 * s / longest, 1)} for n, s in seconds.items()]
+
+
+# -------------------- pictures
+
+
+def _pictures(report: Report) -> dict[str, Any]:
+    curves = {"distilled": report["training"].get("curve"), "random init": report["training"].get("baseline_curve")}
+    known = {name: points for name, points in curves.items() if points}
+    tried = [candidate for candidate in report["candidates"] if candidate["measured"]]
+    return {
+        "importance": _importance_pictures(report) if report["scores"] else [],
+        "curve": pictures.training(known) if known else None,
+        "scatter": pictures.candidates(tried) if len(tried) > 2 else None,
+    }
+
+
+def _importance_pictures(report: Report) -> list[pictures.Picture]:
+    scores, kept, removed = report["scores"], report["kept"], _removed_layers(report)
+    kept_heads = dict(zip(kept["layers"], kept["heads"], strict=True)) if kept else None
+    return [
+        pictures.layers(scores["layers"], scores.get("leave_one_out"), removed),
+        pictures.heads(scores["heads"], kept_heads),
+        pictures.hidden(scores["hidden"], kept.get("hidden")),
+        pictures.ffn(scores["ffn"]["quantiles"], removed),
+    ]

@@ -1,0 +1,240 @@
+"""What a run found, as plain data: the contents of 2-candidates.json, 5-evaluation.json and 5-report.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import prunus
+from prunus import console, cost, hardware
+from prunus.architecture import Architecture
+from prunus.budget import Budget
+from prunus.checkpoint import Checkpoint
+from prunus.distill import TRAINING_FILE
+from prunus.evaluate import PROMPTS, qualities, samples, speed
+from prunus.prune import KEPT_FILE, build, cut
+from prunus.run import BASELINE, Run
+from prunus.search import Candidate, Search
+from prunus.tasks import local_task_from_dict, run_tasks
+from prunus.text import Blocks
+
+LABELS = {
+    "teacher": "Teacher",
+    "cut": "Cut, as sliced",
+    "repaired": "Cut and repaired",
+    "distilled": "Distilled",
+    "baseline": "Same shape from random init",
+}
+LISTED_CANDIDATES = 30
+
+
+def searched(found: Search, budget: Budget) -> dict[str, Any]:
+    """2-candidates.json of a search."""
+    best = found.best.architecture
+    return {
+        "budget": {
+            "text": budget.text,
+            "target": budget.target,
+            "planned": budget.cost(best),
+            "planned_parameters": found.best.parameters,
+            "note": found.note,
+        },
+        "probes": dict(found.probes),
+        "considered": found.considered,
+        "candidates": [
+            _candidate(entry, chosen=entry is found.best) for entry in found.candidates[:LISTED_CANDIDATES]
+        ],
+    }
+
+
+def explicit(teacher: Checkpoint, target: Architecture) -> dict[str, Any]:
+    """2-candidates.json of an architecture that the user named."""
+    parameters = cost.parameters(teacher.family, teacher.layout, target)
+    return {
+        "budget": {
+            "text": f"arch {target}",
+            "target": parameters,
+            "planned": parameters,
+            "planned_parameters": parameters,
+            "note": None,
+        },
+        "probes": {},
+        "considered": 1,
+        "candidates": [_candidate(Candidate(target, parameters, float("nan")), chosen=True)],
+    }
+
+
+def chosen(candidates: Mapping[str, Any]) -> Architecture:
+    """The architecture that a search or the user settled on."""
+    return next(Architecture(**entry["architecture"]) for entry in candidates["candidates"] if entry["chosen"])
+
+
+def _candidate(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
+    measured = candidate.measured
+    damage = candidate.predicted_damage
+    return {
+        "architecture": asdict(candidate.architecture),
+        "parameters": candidate.parameters,
+        "predicted_damage": None if damage != damage else damage,
+        "measured": None if measured is None else {"loss": measured.loss, "perplexity": measured.perplexity},
+        "chosen": chosen,
+    }
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """5-evaluation.json: every model that the run made, on held-out text that nothing was chosen by."""
+    options = run.recipe.evaluate
+    models, sizes = _models(run)
+    with console.bar("held-out text", unit="blocks") as step:
+        measured = qualities(models, run.test, teacher=models["teacher"], progress=step)
+    student = "distilled" if "distilled" in models else "repaired"
+    compared = {key: model for key, model in models.items() if key != "cut"}
+    ends = {key: model for key, model in compared.items() if key != "repaired" or student == "repaired"}
+    speeds = speed({key: models[key] for key in ("teacher", student)}) if options.speed else {}
+    tokenizer = run.teacher.tokenizer()
+    tasks = [task if isinstance(task, str) else local_task_from_dict(task.model_dump()) for task in options.tasks]
+    scored = {key: run_tasks(model, tokenizer, tasks, limit=options.limit) for key, model in ends.items()} if tasks else {}
+    return {
+        "tokens": run.test.num_tokens,
+        "models": [
+            {
+                "key": key,
+                "label": LABELS[key],
+                "parameters": sizes[key][0],
+                "bytes": sizes[key][1],
+                **asdict(measured[key]),
+                **(asdict(speeds[key]) if key in speeds else {}),
+                "tasks": scored.get(key, {}),
+            }
+            for key in models
+        ],
+        "samples": samples(compared, tokenizer, tuple(options.prompts or PROMPTS)),
+    }
+
+
+def _models(run: Run) -> tuple[dict[str, PreTrainedModel], dict[str, tuple[int, int]]]:
+    """Modules in the order of the table, and (parameters, bytes) of each."""
+    dtype, device = hardware.compute_dtype(), hardware.device()
+    checkpoints = {"teacher": run.teacher, "repaired": run.pruned}
+    if run.finished("distill"):
+        checkpoints["distilled"] = run.distilled
+    if run.baseline is not None:
+        checkpoints["baseline"] = run.baseline
+    models = {key: checkpoint.module(dtype, device) for key, checkpoint in checkpoints.items()}
+    sizes = {key: (checkpoint.parameters, checkpoint.bytes) for key, checkpoint in checkpoints.items()}
+    if run.recipe.prune.repair or run.recipe.prune.norm_correction:
+        plain = cut(run.teacher, run.scores, run.pruned.architecture, norm_correction=False)
+        models["cut"], sizes["cut"] = build(plain, dtype).to(device=device), sizes["repaired"]
+    return {key: models[key] for key in LABELS if key in models}, sizes
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """5-report.json: all that the stages which ran have to say."""
+    evaluation = json.loads(run.path("evaluate").read_text()) if run.finished("evaluate") else {}
+    searched = run.candidates if run.finished("search") else None
+    student = run.distilled if run.finished("distill") else run.pruned if run.finished("prune") else None
+    training = _training(run)
+    return {
+        "prunus": prunus.__version__,
+        "created": datetime.now(UTC).isoformat("T", "seconds"),
+        "versions": versions(),
+        "recipe": run.recipe.model_dump(mode="json"),
+        "teacher": model_facts(run.teacher),
+        "student": model_facts(student) if student else None,
+        "budget": searched and searched["budget"] | {"counted": student and student.parameters},
+        "text": {name: _text(blocks) for name, blocks in _texts(run).items()},
+        "scores": _scores(run) if run.finished("score") else None,
+        "kept": _kept(run) if run.finished("prune") else None,
+        "candidates": searched["candidates"] if searched else [],
+        "models": evaluation.get("models", []),
+        "training": training,
+        "samples": evaluation.get("samples", []),
+        "stages": [{"name": name, "seconds": entry["seconds"]} for name, entry in run.log["stages"].items()],
+        "warnings": [searched["budget"]["note"]] if searched and searched["budget"]["note"] else [],
+    }
+
+
+def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    family, tensors, sizes = checkpoint.family, checkpoint.layout, checkpoint.architecture
+    return {
+        "name": checkpoint.name,
+        "model_type": family.model_type,
+        "fingerprint": checkpoint.fingerprint,
+        "architecture": asdict(sizes),
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.bytes,
+        "parameters_by_group": cost.parameters_by_group(family, tensors, sizes),
+        "flops_per_token": cost.flops_per_token(family, tensors, sizes),
+        "kv_bytes_per_token": cost.kv_bytes_per_token(sizes, bytes_per_value=checkpoint.dtype.itemsize),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+
+
+def _texts(run: Run) -> dict[str, Blocks]:
+    if not run.finished("text"):
+        return {}
+    return {"train": run.train, "calibration": run.calibration, "validation": run.validation, "heldout": run.test}
+
+
+def _text(blocks: Blocks) -> dict[str, Any]:
+    return {"source": blocks.source, "tokens": blocks.num_tokens, "fingerprint": blocks.fingerprint}
+
+
+def _scores(run: Run) -> dict[str, Any]:
+    scores, levels = run.scores, torch.linspace(0, 1, 11)
+    return {
+        "functions": {
+            key.removeprefix("score/"): name
+            for key, name in scores.provenance.items()
+            if key.startswith("score/")
+        },
+        "layers": scores["layers"].tolist(),
+        "leave_one_out": run.statistics.sums["leave_one_out"].tolist()
+        if "leave_one_out" in run.statistics.sums
+        else None,
+        "hidden": scores["hidden"].tolist(),
+        "ffn": {"quantiles": torch.quantile(scores["ffn"], levels, dim=1).T.tolist()},
+        "heads": scores["heads"].tolist(),
+        "kv_heads": scores["kv_heads"].tolist(),
+    }
+
+
+def _kept(run: Run) -> dict[str, Any]:
+    kept = json.loads((run.path("prune") / KEPT_FILE).read_text())["kept"]
+    return {
+        "layers": kept["layers"],
+        "hidden": kept["hidden"],
+        "heads": kept["heads"],
+        "ffn_share": [len(neurons) / run.teacher.architecture.ffn for neurons in kept["ffn"]],
+    }
+
+
+def _training(run: Run) -> dict[str, Any] | None:
+    if not run.finished("distill"):
+        return None
+    record = _record(run.path("distill"))
+    if (run.root / BASELINE).is_dir():
+        record["baseline_curve"] = _record(run.root / BASELINE)["curve"]
+    return record
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / TRAINING_FILE).read_text())

@@ -1,0 +1,237 @@
+"""A run directory: one recipe, the stages' files in order, and who may write to it.
+
+    0-text/  1-statistics.safetensors  1-scores.safetensors  2-candidates.json  3-pruned/  4-distilled/
+    5-evaluation.json  5-report.json  report.html  recipe.yaml  run.json
+
+A file that is there is finished, because every one is written beside and renamed. So a run that was killed goes on with
+the first stage whose file is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from prunus import console, recipe as recipes
+from prunus.checkpoint import Checkpoint, atomic_file, load, verify_weights
+from prunus.errors import BadOutput, PrunusError
+from prunus.recipe import STAGES, Recipe
+from prunus.scores import Scores, load_scores
+from prunus.measure import Statistics, load_statistics
+from prunus.text import Blocks, load_blocks, order
+
+OUTPUTS = {
+    "text": ("0-text/train", "0-text/heldout"),
+    "measure": ("1-statistics.safetensors",),
+    "score": ("1-scores.safetensors",),
+    "search": ("2-candidates.json",),
+    "prune": ("3-pruned",),
+    "distill": ("4-distilled",),
+    "evaluate": ("5-evaluation.json",),
+    "report": ("5-report.json", "report.html"),
+}
+BASELINE = "4-baseline"
+DEPENDS_ON = {
+    "text": ("model", "data", "distill.tokens", "measure.tokens"),
+    "measure": ("measure",),
+    "score": ("score",),
+    "search": ("params", "memory", "arch", "search"),
+    "prune": ("prune",),
+    "distill": ("distill", "baseline"),
+    "evaluate": ("evaluate",),
+    "report": (),
+}
+"""Recipe keys that each stage is the first to depend on."""
+
+
+@dataclass
+class Run:
+    """An open run directory. Values are read from the stages' files when they are first asked for."""
+
+    root: Path
+    recipe: Recipe
+
+    def path(self, stage: str) -> Path:
+        return self.root / OUTPUTS[stage][-1]
+
+    def finished(self, stage: str) -> bool:
+        baseline = stage == "distill" and self.recipe.baseline
+        names = (*OUTPUTS[stage], BASELINE) if baseline else OUTPUTS[stage]
+        return all((self.root / name).exists() for name in names)
+
+    @functools.cached_property
+    def teacher(self) -> Checkpoint:
+        """The opened teacher, its weights checked, and the same as when the run began."""
+        teacher = load(self.recipe.model)
+        verify_weights(teacher)
+        return teacher
+
+    @functools.cached_property
+    def train(self) -> Blocks:
+        return load_blocks(self.root / "0-text/train")
+
+    @functools.cached_property
+    def calibration(self) -> Blocks:
+        """A random part of the training text."""
+        count = min(len(self.train), max(1, self.recipe.measure.tokens // self.recipe.data.block_size))
+        return self.train.select(order(len(self.train), seed=0, epoch=0)[:count].tolist())
+
+    @functools.cached_property
+    def _heldout(self) -> Blocks:
+        return load_blocks(self.root / "0-text/heldout")
+
+    @functools.cached_property
+    def validation(self) -> Blocks:
+        """Held-out text that decides between candidates: a third, so that the rest judges the winner untouched."""
+        return self._heldout.head(max(1, len(self._heldout) // 3))
+
+    @functools.cached_property
+    def test(self) -> Blocks:
+        return self._heldout.select(range(len(self.validation), len(self._heldout)))
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        return load_statistics(self.path("measure"))
+
+    @functools.cached_property
+    def scores(self) -> Scores:
+        return load_scores(self.path("score"))
+
+    @functools.cached_property
+    def candidates(self) -> dict[str, Any]:
+        return json.loads(self.path("search").read_text())
+
+    @functools.cached_property
+    def pruned(self) -> Checkpoint:
+        return load(self.path("prune"))
+
+    @functools.cached_property
+    def distilled(self) -> Checkpoint:
+        return load(self.path("distill"))
+
+    @functools.cached_property
+    def baseline(self) -> Checkpoint | None:
+        return load(self.root / BASELINE) if (self.root / BASELINE).is_dir() else None
+
+    @property
+    def log(self) -> dict[str, Any]:
+        """run.json: what ran when, and on which teacher."""
+        file = self.root / "run.json"
+        return json.loads(file.read_text()) if file.is_file() else {"stages": {}}
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Runs a stage and notes its time in run.json. Time that a killed attempt took is not known."""
+        start = time.monotonic()
+        with console.stage(stage):
+            yield
+        entry = {"seconds": round(time.monotonic() - start, 2), "finished": datetime.now(UTC).isoformat("T", "seconds")}
+        log = self.log
+        write_json(self.root / "run.json", log | {"stages": log["stages"] | {stage: entry}})
+
+    def require_space(self, num_bytes: float, what: str) -> None:
+        """Raises BadOutput if the disk cannot take what is about to be written."""
+        free = shutil.disk_usage(self.root).free
+        if free < num_bytes:
+            raise BadOutput(
+                f"{self.root}: {what} needs {num_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free. "
+                "Free some space and run the same command again; finished stages are kept."
+            )
+
+
+def write_json(file: Path, value: object) -> None:
+    with atomic_file(file) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file()
+
+
+@contextlib.contextmanager
+def claim(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None) -> Iterator[Run]:
+    """Open or create the run directory of a recipe, for this process alone.
+
+    Args:
+        redo: where the recipe differs from the one that the directory was made with, do the stages that depend on the
+            difference again.
+        redo_stage: do this stage and the later ones again in any case.
+    Raises:
+        BadOutput: the directory holds other files, another recipe's results, or is in use.
+    """
+    root = Path(recipe.to)
+    if root.exists() and not root.is_dir():
+        raise BadOutput(f"{root} is a file; give a folder")
+    visible = [path.name for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
+    if visible and not is_run(root):
+        raise BadOutput(
+            f"{root} holds files that Prunus did not write ({', '.join(sorted(visible)[:3])}). Give a new folder with --to."
+        )
+    run = Run(root, recipe)
+    _check_teacher(run)
+    created = not is_run(root)
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(root / ".lock", timeout=0):
+            if not created:
+                _reconcile(run, redo, redo_stage)
+            with atomic_file(root / "recipe.yaml") as partial:
+                partial.write_text(recipes.to_yaml(recipe))
+            write_json(root / "run.json", run.log | {"teacher": run.teacher.fingerprint})
+            yield run
+    except Timeout as error:
+        raise BadOutput(f"{root} is in use by another prunus process; wait for it, or give another folder") from error
+    except PrunusError:
+        if created and not any(run.finished(stage) for stage in STAGES):
+            shutil.rmtree(root)  # nothing was achieved: leave the disk as it was found
+        raise
+
+
+def _check_teacher(run: Run) -> None:
+    before = run.log.get("teacher")
+    if before not in (None, run.teacher.fingerprint):
+        raise BadOutput(f"{run.root} was made with other weights of {run.recipe.model}; give a new folder with --to")
+
+
+def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
+    """Remove what the changed recipe makes stale, if the user allows it."""
+    old = recipes.parse(recipes.read_yaml(run.root / "recipe.yaml"), source=str(run.root / "recipe.yaml"))
+    changed = {stage: keys for stage in STAGES if (keys := _changed_keys(stage, old, run.recipe))}
+    stale_from = min((STAGES.index(stage) for stage in changed), default=len(STAGES))
+    stale = [stage for stage in STAGES[stale_from:] if any((run.root / name).exists() for name in OUTPUTS[stage])]
+    if stale and not redo:
+        keys = ", ".join(key for keys in changed.values() for key in keys)
+        raise BadOutput(
+            f"{run.root} was made with another recipe (changed: {keys}), which its stages {', '.join(stale)} depend on. "
+            "Give a new folder with --to, or --redo to do those stages again."
+        )
+    first = min(stale_from, STAGES.index(redo_stage) if redo_stage else len(STAGES))
+    for stage in STAGES[first:]:
+        _remove(run.root, (*OUTPUTS[stage], *((BASELINE,) if stage == "distill" else ())))
+
+
+def _changed_keys(stage: str, old: Recipe, new: Recipe) -> list[str]:
+    return [key for key in DEPENDS_ON[stage] if _value(old, key) != _value(new, key)]
+
+
+def _value(recipe: Recipe, key: str) -> object:
+    return functools.reduce(getattr, key.split("."), recipe)
+
+
+def _remove(root: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        path = root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True) if path.is_file() else None
+        (root / f".{name}.training.safetensors").unlink(missing_ok=True)

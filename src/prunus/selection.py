@@ -1,0 +1,82 @@
+"""Which parts of the teacher a student keeps: legality of a cut, and the choice by score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunus.architecture import Architecture
+from prunus.families import Family
+from prunus.scores import Scores
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which parts of the teacher the student keeps, as ascending indices.
+
+    Attributes:
+        layers: [L′].
+        hidden: [H′].
+        ffn, heads, kv_heads: one list per kept layer.
+    """
+
+    layers: list[int]
+    hidden: list[int]
+    ffn: list[list[int]]
+    heads: list[list[int]]
+    kv_heads: list[list[int]]
+
+    def index(self, unit: str, layer: int, head_dim: int) -> Tensor | None:
+        """Kept positions along a weight dimension tagged `unit`, in student layer `layer`; None keeps all."""
+        match unit:
+            case "hidden":
+                return torch.tensor(self.hidden)
+            case "ffn":
+                return torch.tensor(self.ffn[layer])
+            case "heads" | "kv_heads":
+                heads = torch.tensor(getattr(self, unit)[layer])
+                return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+            case _:
+                return None
+
+
+def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> list[str]:
+    """Why `target` cannot be cut out of `teacher`; empty if it can."""
+    reasons = [
+        f"{axis}={size} is larger than the teacher's {getattr(teacher, axis)}"
+        for axis, size in target.axes().items()
+        if size > getattr(teacher, axis)
+    ]
+    reasons += family.illegal(target)
+    if not reasons and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
+        reasons.append(
+            f"{target.heads} heads in {target.kv_heads} groups need {target.heads // target.kv_heads} heads per group, "
+            f"but the teacher's groups have {teacher.heads // teacher.kv_heads}"
+        )
+    return reasons
+
+
+def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:
+    """Keep what scores highest; query heads within their key-value group, so that groups stay equal."""
+    layers = _top(scores["layers"], target.layers)
+    per_group = teacher.heads // teacher.kv_heads
+    kv_heads = [_top(scores["kv_heads"][layer], target.kv_heads) for layer in layers]
+    heads = [
+        [
+            group * per_group + head
+            for group in groups
+            for head in _top(
+                scores["heads"][layer].view(teacher.kv_heads, per_group)[group], target.heads // target.kv_heads
+            )
+        ]
+        for layer, groups in zip(layers, kv_heads, strict=True)
+    ]
+    ffn = [_top(scores["ffn"][layer], target.ffn) for layer in layers]
+    return Kept(layers, _top(scores["hidden"], target.hidden), ffn, heads, kv_heads)
+
+
+def _top(scores: Tensor, count: int) -> list[int]:
+    """Indices of the `count` highest scores, ascending; of equals the first."""
+    return sorted(torch.argsort(scores, descending=True, stable=True)[:count].tolist())

@@ -1,0 +1,143 @@
+"""mask = cut, keep all = same bits, and what the repairs promise; for every family and axis."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import prunus as pr
+from prunus import cost
+from prunus.checkpoint import Checkpoint
+from prunus.errors import BudgetUnreachable
+from prunus.importance import score
+from prunus.measure import measure
+from prunus.prune import KEPT_FILE, build, cut, prune, repaired
+from prunus.selection import Kept, select
+
+CUTS = {
+    "layers": {"layers": 3},
+    "hidden": {"hidden": 36},
+    "ffn": {"ffn": 24},
+    "heads": {"heads": 3},
+    "kv_heads": {"heads": 4, "kv_heads": 2},
+    "all": {"layers": 3, "hidden": 36, "ffn": 24, "heads": 2, "kv_heads": 2},
+}
+
+
+def logits(model: torch.nn.Module, blocks: "object") -> Tensor:
+    tokens, positions = blocks.batch([0, 1])
+    with torch.no_grad():
+        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
+
+
+def masked(teacher: Checkpoint, kept: Kept) -> torch.nn.Module:
+    """The teacher at full size, with everything that is not kept set to zero."""
+    model, sizes = teacher.module(torch.float32), teacher.architecture
+
+    def gone(indices: list[int], size: int) -> Tensor:
+        return torch.tensor([i for i in range(size) if i not in indices], dtype=torch.long)
+
+    hidden = gone(kept.hidden, sizes.hidden)
+    head_columns = torch.arange(sizes.heads * sizes.head_dim).view(sizes.heads, sizes.head_dim)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, hidden] = 0
+        for index, layer in enumerate(model.model.layers):
+            writes = (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)
+            for write in writes:
+                write[hidden] = 0
+            if index not in kept.layers:
+                for write in writes:
+                    write.zero_()
+                continue
+            number = kept.layers.index(index)
+            writes[0][:, head_columns[gone(kept.heads[number], sizes.heads)].flatten()] = 0
+            writes[1][:, gone(kept.ffn[number], sizes.ffn)] = 0
+    return model
+
+
+@pytest.mark.parametrize("axis", CUTS)
+def test_masked_teacher_equals_saved_and_reloaded_student(teacher, blocks, axis, tmp_path):
+    target = teacher.architecture.replace(**CUTS[axis])
+    scores = score(measure(teacher, blocks))
+    kept = select(scores, teacher.architecture, target)
+    mask = masked(teacher, kept)
+    mask.save_pretrained(tmp_path / "masked")
+    masked_teacher = pr.load(tmp_path / "masked")
+    # The masked model is measured itself: its dropped channels hold no energy, which the norm correction must see.
+    energies = score(measure(masked_teacher, blocks)).energies
+    scores = dataclasses.replace(scores, energies=energies)
+    student = prune(masked_teacher, scores, target, to=tmp_path / "student")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    expected, actual = logits(mask, blocks), logits(reloaded, blocks)
+    assert json.loads((tmp_path / "student" / KEPT_FILE).read_text())["kept"] == vars(kept)
+    assert (actual - expected).norm() / expected.norm() < 1e-4
+    if axis == "hidden":  # what slicing alone does to the norms is no rounding error
+        sliced = logits(build(cut(masked_teacher, scores, target, norm_correction=False), torch.float32), blocks)
+        assert (sliced - expected).norm() / expected.norm() > 1e-2
+    counted = sum(parameter.numel() for parameter in reloaded.parameters())
+    assert student.parameters == counted == cost.parameters(teacher.family, teacher.layout, target)
+
+
+def test_keeping_everything_is_bitwise_equal(teacher, blocks, tmp_path):
+    scores = score(measure(teacher, blocks))
+    student = prune(teacher, scores, teacher.architecture, to=tmp_path / "student", calibration=blocks)
+    assert dict(student.tensors()).keys() == dict(teacher.tensors()).keys()
+    assert all(torch.equal(student.tensor(name), tensor) for name, tensor in teacher.tensors())
+    assert torch.equal(logits(student.module(), blocks), logits(teacher.module(), blocks))
+
+
+@pytest.mark.parametrize("axis", ["hidden", "ffn", "heads", "layers", "all"])
+def test_repair_brings_the_student_nearer_to_its_teacher(teacher, blocks, axis):
+    if axis == "layers" and teacher.family.branches[0].post_norm:
+        pytest.skip("behind a sandwich norm the scale of a write is fixed, so it cannot stand in for a dropped layer")
+    target = teacher.architecture.replace(**CUTS[axis])
+    student = cut(teacher, score(measure(teacher, blocks)), target)
+    expected = logits(teacher.module(), blocks)
+    before = (logits(build(student, torch.float32), blocks) - expected).norm()
+    after = (logits(repaired(teacher, student, blocks), blocks) - expected).norm()
+    assert after < before
+
+
+def test_repair_of_a_redundant_cut_is_exact(llama, blocks, tmp_path):
+    """A neuron that repeats another can leave without loss: least squares gives its output to the one that stays."""
+    model = llama.module(torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                projection.weight[30:] = projection.weight[:10]
+    model.save_pretrained(tmp_path / "redundant")
+    teacher = pr.load(tmp_path / "redundant")
+    scores = score(measure(teacher, blocks))
+    scores.axes["ffn"][:, :30] += 1e3
+    student = cut(teacher, scores, teacher.architecture.replace(ffn=30))
+    expected = logits(model, blocks)
+
+    def error(candidate: torch.nn.Module) -> float:
+        return float((logits(candidate, blocks) - expected).norm() / expected.norm())
+
+    assert error(build(student, torch.float32)) > 0.1
+    assert error(repaired(teacher, student, blocks, damping=1e-7)) < 1e-3
+
+
+def test_head_residuals_change_only_the_queries(teacher, blocks):
+    target = teacher.architecture.replace(heads=3)
+    scores = score(measure(teacher, blocks))
+    plain, folded = (cut(teacher, scores, target, head_residuals=flag).tensors for flag in (False, True))
+    changed = {name.rsplit(".", 2)[1] for name in plain if not torch.equal(plain[name], folded[name])}
+    assert changed == {"q_proj"}
+
+
+def test_illegal_architecture_is_refused_with_the_reason(llama, blocks, tmp_path):
+    scores = score(measure(llama, blocks))
+    for sizes, reason in [
+        ({"hidden": 40}, "multiple of heads"),
+        ({"heads": 4}, "multiple of kv_heads"),
+        ({"heads": 6, "kv_heads": 2}, "heads per group"),
+        ({"ffn": 41}, "larger than the teacher"),
+    ]:
+        with pytest.raises(BudgetUnreachable, match=reason):
+            prune(llama, scores, llama.architecture.replace(**sizes), to=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
