@@ -13,6 +13,7 @@ import torch
 
 import prunus as pr
 from prunus import hardware, text
+from prunus.documents import documents
 from prunus.evaluate import quality
 from prunus.importance import score
 from prunus.measure import measure
@@ -39,7 +40,8 @@ def main() -> None:
     hardware.keep_freed_memory()
     teacher = pr.load(options.model)
     with tempfile.TemporaryDirectory() as folder:
-        blocks = text.blocks(str(options.text), teacher.tokenizer(), to=Path(folder) / "text")
+        docs = documents(str(options.text))
+        blocks = text.tokenise(docs, teacher.tokenizer(), block_size=512, to=Path(folder) / "text", label="benchmark")
         calibration = blocks.head(options.calibration_blocks)
         heldout = blocks.select(range(len(blocks) - HELD_OUT_BLOCKS, len(blocks)))
         run(teacher, calibration, heldout, [key.replace(":", "=") for key in options.cuts.split(",")])

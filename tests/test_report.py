@@ -1,9 +1,7 @@
 """The page and the card: complete, honest, harmless, and at ease with stages that were not run."""
 
-import copy
 import math
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,14 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from prunus import report as module
 from prunus.report import model_card, write_report
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac{| & **b**"
 
 
-def full_report(layers: int = 30, hidden: int = 576, heads: int = 9, kv_heads: int = 3) -> dict:
-    """A made-up run on a model of SmolLM2-135M's size (or another)."""
+def full_report() -> dict:
+    """A made-up run on a model of SmolLM2-135M's size."""
+    layers, hidden, heads, kv_heads = 30, 576, 9, 3
     random = np.random.default_rng(0)
     kept_layers = [i for i in range(layers) if i not in (layers // 2, layers // 2 + 1, layers - 4)]
     kept_heads = [sorted(random.permutation(heads)[: 2 * heads // 3].tolist()) for _ in kept_layers]
@@ -46,7 +44,12 @@ def full_report(layers: int = 30, hidden: int = 576, heads: int = 9, kv_heads: i
         "kv_bytes_per_token": 15_360,
     }
     curve = [
-        {"step": s, "tokens": s * 16_384, "loss": 1.2 + 2.2 * math.exp(-s / 300) + 0.06 * random.normal(), "lr": 3e-4}
+        {
+            "step": s,
+            "tokens": s * 16_384,
+            "loss": 1.2 + 2.2 * math.exp(-s / 300) + 0.06 * random.normal(),
+            "learning_rate": 3e-4,
+        }
         for s in range(1, 1500)
     ]
     return {
@@ -79,13 +82,11 @@ def full_report(layers: int = 30, hidden: int = 576, heads: int = 9, kv_heads: i
             "hidden": hidden_scores.tolist(),
             "ffn": {"quantiles": np.sort(np.exp(random.normal(size=(layers, 11)) * 1.2), axis=1).tolist()},
             "heads": random.random((layers, heads)).tolist(),
-            "kv_heads": random.random((layers, kv_heads)).tolist(),
         },
         "kept": {
             "layers": kept_layers,
             "hidden": np.sort(np.argsort(-hidden_scores)[: hidden * 3 // 4]).tolist(),
             "heads": kept_heads,
-            "ffn_share": (0.8 + 0.15 * random.random(len(kept_layers))).tolist(),
         },
         "candidates": [
             {
@@ -139,7 +140,7 @@ def _sizes(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int) -> dic
 def _model(key: str, parameters: int, perplexity: float, kl: float, top1: float, acc: float, speed: tuple) -> dict:
     return {
         "key": key,
-        "label": {"teacher":"Teacher","cut":"Cut","repaired":"Repaired","distilled":"Distilled","baseline":"Random init"}[key],
+        "label": key.capitalize(),
         "parameters": parameters,
         "bytes": 2 * parameters,
         "perplexity": perplexity,
@@ -161,10 +162,20 @@ def minimal_report() -> dict:
     }
 
 
-def html_of(report: dict, tmp_path: Path) -> str:
-    write_report(report, tmp_path / "report.html")
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-    return (tmp_path / "report.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return html_of(full_report(), tmp_path_factory.mktemp("full"))
+
+
+def html_of(report: dict, folder: Path) -> str:
+    write_report(report, folder / "report.html")
+    assert [file.name for file in folder.iterdir()] == ["report.html"]
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def without_pictures() -> dict:
+    """Quick to render."""
+    return full_report() | {"scores": None, "candidates": None, "training": None}
 
 
 class Page(HTMLParser):
@@ -184,8 +195,7 @@ class Page(HTMLParser):
         self.ids += [value or "" for name, value in attrs if name == "id"]
 
 
-def test_full_page_has_every_part(tmp_path: Path) -> None:
-    html = html_of(full_report(), tmp_path)
+def test_full_page_has_every_part(html: str) -> None:
     assert "SmolLM2-135M: 134.5M → 94.2M parameters (0.70×)" in html
     for part in ("Results", "Distillation", "What was important", "Candidates", "Where the parameters went", "Time"):
         assert part in html
@@ -193,34 +203,17 @@ def test_full_page_has_every_part(tmp_path: Path) -> None:
         assert words in html, words
     assert html.count("<svg ") == 6
     assert "Removed: 15, 16, 26." in html
+    assert "8 more are in 2-candidates.json" in html
 
 
-def test_page_is_self_contained(tmp_path: Path) -> None:
-    html = html_of(full_report(), tmp_path)
+def test_page_is_self_contained(html: str) -> None:
     page = Page(html)
     assert page.fetched
     assert all(target.startswith(("#", "data:image/png;base64,")) for target in page.fetched)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
     assert not re.search(r"url\((?!#)|@import", html)
-
-
-def test_pictures_do_not_disturb_each_other_or_the_theme(tmp_path: Path) -> None:
-    html = html_of(full_report(), tmp_path)
-    ids = Page(html).ids
-    assert len(ids) == len(set(ids)), "an id that two pictures share makes one draw the other's markers"
-    assert not [colour for colour in module.THEME if colour in html]
     assert html.count("<style") == 1
-    assert not re.findall(r'<text style="[^"]*fill: #', html), "text whose colour would not follow the theme"
-
-
-def test_same_report_same_page(tmp_path: Path) -> None:
-    report = full_report(layers=4, hidden=16)
-    assert html_of(report, tmp_path) == html_of(report, tmp_path)
-
-
-def test_large_model_stays_a_small_file(tmp_path: Path) -> None:
-    html = html_of(full_report(layers=80, hidden=8192, heads=64, kv_heads=8), tmp_path)
-    assert len(html) < 1_000_000
+    assert len(page.ids) == len(set(page.ids))
 
 
 @pytest.mark.parametrize("report", [minimal_report(), {}, {"teacher": {"name": "a/b"}}, {"models": []}], ids=range(4))
@@ -234,49 +227,45 @@ def test_missing_stages_are_left_out(report: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [*full_report()])
-def test_any_part_may_be_missing(part: str) -> None:
-    report = full_report(layers=6, hidden=32) | {part: None}
-    module._page(report, pictures=part in ("scores", "kept", "teacher"))
-    model_card(report)
-    model_card({key: value for key, value in report.items() if key != part})
+def test_any_part_may_be_missing(part: str, tmp_path: Path) -> None:
+    html_of(without_pictures() | {part: None}, tmp_path)
+    assert model_card(full_report() | {part: None}) == model_card({k: v for k, v in full_report().items() if k != part})
 
 
-@pytest.mark.parametrize("parts", [("layers", "hidden", "heads"), ("leave_one_out", "ffn", "kv_heads")])
-def test_any_score_may_be_missing(parts: tuple[str, ...]) -> None:
-    report = full_report(layers=6, hidden=32)
-    report["scores"] |= dict.fromkeys(parts)
-    titles = [picture.title for picture in module._page(report)["importance"]]
-    both = {"Layers", "Attention heads"}
-    assert set(titles) == both | ({"Feed-forward neurons"} if "hidden" in parts else {"Hidden channels"})
+@pytest.mark.parametrize("part", ["kept", "teacher", "models"])
+def test_pictures_need_the_scores_only(part: str, tmp_path: Path) -> None:
+    report = full_report() | {part: None, "training": None, "candidates": None}
+    report["scores"]["leave_one_out"] = None
+    assert html_of(report, tmp_path).count("<svg ") == 4
+
+
+def test_an_architecture_that_was_not_searched_has_no_predicted_damage(tmp_path: Path) -> None:
+    report = without_pictures()
+    report["candidates"] = [full_report()["candidates"][0] | {"predicted_damage": None, "measured": None}]
+    assert "the choice rests on the prediction alone" in html_of(report, tmp_path)
 
 
 def test_numbers_that_are_not_numbers_do_not_stop_the_report(tmp_path: Path) -> None:
-    report = full_report(layers=6, hidden=32)
+    report = without_pictures()
     report["models"][1]["perplexity"] = math.inf
     report["models"][3]["perplexity"] = math.nan
-    report["training"]["curve"][5]["loss"] = math.nan
-    report["scores"]["hidden"][0] = math.nan
-    report["scores"]["heads"][0][0] = math.nan
-    report["scores"]["ffn"]["quantiles"][0] = [0.0] * 11
-    report["candidates"][0]["predicted_damage"] = math.nan
     html = html_of(report, tmp_path)
     assert "∞" in html
     assert "the loss of quality is unknown" in html
 
 
 def test_hostile_text_is_only_text(tmp_path: Path) -> None:
-    report = full_report(layers=6, hidden=32)
+    report = without_pictures()
     report["samples"][0]["prompt"] = report["samples"][0]["continuations"]["distilled"] = HOSTILE
     report["teacher"]["name"] = report["warnings"][0] = report["models"][3]["label"] = HOSTILE
     report["recipe"] = {HOSTILE: HOSTILE}
     report["text"]["heldout"]["source"] = report["versions"]["cpu"] = report["stages"][0]["name"] = HOSTILE
-    report["scores"]["functions"] = {HOSTILE: HOSTILE}
     report["teacher"]["parameters_by_group"][HOSTILE] = 10
     report["models"][3]["tasks"] = {HOSTILE: {"acc": 0.5, "acc_stderr": 0.1}}
     html = html_of(report, tmp_path)
     assert not {"script", "img"} & set(Page(html).tags)
     assert "&lt;script&gt;" in html
-    card = model_card(report)
+    card = model_card(report | {"scores": {"functions": {HOSTILE: HOSTILE}}})
     before, _, after = card.partition("```yaml")
     assert "<script" not in before + after.partition("\n```\n")[2]
     assert all(line.count(" |") == 7 for line in card.splitlines() if line.startswith("| ") and "\\|" not in line)
@@ -304,94 +293,3 @@ def test_card_does_not_publish_a_local_path() -> None:
     assert "someone" not in card
     assert "- text.jsonl was short; 3 tokens/s" in card
     assert "model: tiny\nout: out" in card
-
-
-def test_verdict_says_what_was_won_and_lost() -> None:
-    verdict = " ".join(module._verdict(full_report()))
-    assert "30 % fewer parameters, 30 % fewer bytes on disk, 33 % fewer bytes of KV cache per token" in verdict
-    assert "reads prompts 1.32× as fast" in verdict
-    assert "perplexity on held-out text rises from 19.0 to 28.5 (1.50×)" in verdict
-    assert "reads prompts 1.32× as fast and generates about as fast as the teacher" in verdict
-    assert "140 for the same architecture trained from random weights" in verdict
-
-
-def cautions_after(**changes: float | None) -> str:
-    """Cautions when the distilled model has these other numbers."""
-    report = copy.deepcopy(full_report(layers=4, hidden=16))
-    report["models"][3] |= changes
-    return " ".join(module._cautions(report))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"perplexity": 60.0}, "3.16× the teacher's perplexity is a lot to lose"),
-        ({"perplexity": 18.0}, "below the teacher's"),
-        ({"perplexity": 150.0}, "Distillation made the student worse (1.70×"),
-        ({"perplexity": 145.0}, "trained from random weights is as good"),
-        ({"prefill_tokens_per_second": 1550.0}, "reads prompts 1.02× as fast is within the noise"),
-        ({"decode_tokens_per_second": 20.0}, "generates more slowly than the teacher (0.49×)"),
-        ({"decode_tokens_per_second": None, "prefill_tokens_per_second": None}, "Speed was not measured"),
-        ({"perplexity": math.inf}, "not finite"),
-    ],
-)
-def test_cautions(changes: dict, words: str) -> None:
-    assert words in cautions_after(**changes)
-
-
-def test_no_false_alarm() -> None:
-    report = full_report(layers=4, hidden=16) | {"warnings": []}
-    fast = {"perplexity": 20.0, "decode_tokens_per_second": 60.0}
-    report["models"][3] |= fast | {"tasks": {"arc_easy": {"acc": 0.3, "acc_stderr": 0.01}}}
-    assert module._cautions(report) == []
-
-
-def test_cautions_about_text_and_budget() -> None:
-    report = full_report(layers=4, hidden=16)
-    report["text"]["heldout"] = report["text"]["train"] | {"tokens": 5000}
-    report["budget"]["counted"] = 95_000_000
-    cautions = " ".join(module._cautions(report))
-    assert "is the train text" in cautions
-    assert "on 5,000 tokens only" in cautions
-    assert "95,000,000 counted, 94,160,506 allowed" in cautions
-
-
-@pytest.mark.parametrize(
-    ("form", "value", "words"),
-    [
-        (module._count, 134_515_008, "134.5M"),
-        (module._count, 999_999_999, "1.0B"),
-        (module._count, 250_000, "250K"),
-        (module._count, 9999, "9,999"),
-        (module._count, 0, "0"),
-        (module._bytes, 269_060_552, "269 MB"),
-        (module._bytes, 999_700, "1 MB"),
-        (module._number, 28.51, "28.5"),
-        (module._number, 999.6, "1,000"),
-        (module._number, math.nan, "–"),
-        (module._number, math.inf, "∞"),
-        (module._number, None, "–"),
-        (module._percent, 0.6123, "61.2 %"),
-        (module._seconds, 59.99, "60.0 s"),
-        (module._seconds, 250, "4 min 10 s"),
-        (module._points, -0.028, "−2.8 pt"),
-    ],
-)
-def test_numbers_as_people_read_them(form: Callable[[object], str], value: float | None, words: str) -> None:
-    assert form(value) == words
-
-
-def test_rank_correlation_by_hand() -> None:
-    assert module._rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
-    assert module._rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert module._rank_correlation([1, 1, 1], [3, 2, 1]) is None
-    # ranks (1, 2.5, 2.5, 4) and (1, 2, 3, 4): 4.5 / sqrt(4.5 · 5)
-    assert module._rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-
-
-def test_kept_lists_of_kept_layers_and_of_all_layers_mean_the_same() -> None:
-    by_kept = {"kept": {"layers": [0, 2], "heads": [[0], [1]], "ffn_share": [0.5, 0.7]}}
-    by_all = {"kept": {"layers": [0, 2], "heads": [[0], [5], [1]], "ffn_share": [0.5, 0.6, 0.7]}}
-    assert module._kept_heads(by_kept, 3) == module._kept_heads(by_all, 3) == [{0}, None, {1}]
-    np.testing.assert_array_equal(module._share_by_layer(by_kept, 3), [0.5, np.nan, 0.7])
-    np.testing.assert_array_equal(module._share_by_layer(by_all, 3), [0.5, 0.6, 0.7])

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prunus import cost
+from prunus import cost, hardware
 from prunus.architecture import Architecture, from_config
 from prunus.errors import BadCheckpoint, BadOutput, UnsupportedModel
 from prunus.families import Family, family_of
@@ -101,7 +101,7 @@ class Checkpoint:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=self.config)
-        return model.to(device=device or torch.device("cpu")).eval()
+        return hardware.place(model, device=device).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.folder)

@@ -63,8 +63,12 @@ def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) ->
     return recipe.parse(recipe.override(values, changes), source=str(file or "command line"))
 
 
-def _run(stage: str, source: str, changes: dict[str, Any], settings: list[str] | None, redo: bool, as_json: bool) -> None:
+def _run(
+    stage: str, source: str, changes: dict[str, Any], settings: list[str] | None, redo: bool, as_json: bool
+) -> None:
+    from prunus import results
     from prunus.pipeline import compress
+    from prunus.recipe import STAGES
     from prunus.run import is_run
 
     again = stage if is_run(Path(source)) and stage != "compress" else None
@@ -73,23 +77,10 @@ def _run(stage: str, source: str, changes: dict[str, Any], settings: list[str] |
     recipe = _recipe(source, changes, settings)
     run = compress(recipe, redo=redo or again is not None, redo_stage=again)
     if as_json:
-        files = {name: str(run.path(name)) for name in _stages() if run.finished(name)}
+        files = {name: str(run.path(name)) for name in STAGES if run.finished(name)}
         typer.echo(json.dumps({"run": str(run.root), "files": files}))
     else:
-        _say_result(run)
-
-
-def _stages() -> tuple[str, ...]:
-    from prunus.recipe import STAGES
-
-    return STAGES
-
-
-def _say_result(run: Any) -> None:
-    from prunus.results import summary_lines
-
-    for line in summary_lines(run):
-        typer.echo(line)
+        results.show(run)
 
 
 def _stage_command(stage: str, help_text: str) -> None:
@@ -123,7 +114,7 @@ def _stage_command(stage: str, help_text: str) -> None:
             "evaluate.tasks": tasks and tasks.split(","),
             "stop_after": stop_after,
         }
-        _run(stage, source, changes, settings, redo, as_json)
+        _run(stage, source, changes, settings, redo=redo, as_json=as_json)
 
     app.command(stage, help=help_text)(command)
 
@@ -199,7 +190,9 @@ def distill(
     missing = [name for name, value in (("--teacher", teacher), ("--data", data), ("--to", to)) if value is None]
     if missing:
         raise BadRecipe(f"distill needs {', '.join(missing)}")
-    values = {setting.partition("=")[0].removeprefix("distill."): setting.partition("=")[2] for setting in settings or []}
+    values = {
+        setting.partition("=")[0].removeprefix("distill."): setting.partition("=")[2] for setting in settings or []
+    }
     written = standalone.distill(student, str(teacher), str(data), tokens=tokens, settings=values, to=Path(str(to)))
     typer.echo(json.dumps({"student": str(written)}) if as_json else f"Wrote {written}")
 

@@ -202,7 +202,7 @@ class _Masters:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameters = dict(model.named_parameters())
         self.values = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
-        model.to(dtype=dtype).train()
+        hardware.place(model, dtype=dtype).train()
         self.copies = dict(model.named_parameters())
         for value in self.values.values():
             value.requires_grad_(True)
@@ -230,7 +230,7 @@ def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.devi
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
-    return model.to(device=device)
+    return hardware.place(model, device=device)
 
 
 def _adamw(masters: _Masters, settings: Settings) -> torch.optim.AdamW:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,22 @@ def is_held_out(document: str, *, share: float) -> bool:
     """
     digest = hashlib.sha256(document.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def shuffled(docs: Iterable[str], *, seed: int, buffer: int = 10_000) -> Iterator[str]:
+    """The documents in a random order that depends on the seed alone; of a long stream, within a moving buffer.
+
+    A part of a source, such as its first 10M tokens, then is a sample of more than its first file.
+    """
+    generator, held = random.Random(seed), []
+    for document in docs:
+        held.append(document)
+        if len(held) == buffer:
+            place = generator.randrange(buffer)
+            held[place], held[-1] = held[-1], held[place]
+            yield held.pop()
+    generator.shuffle(held)
+    yield from held
 
 
 def split_documents(docs: Iterable[str], *, held_out_share: float = 0.05) -> tuple[list[str], list[str]]:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunus import hardware
 from prunus.errors import BadCheckpoint, BadData
 from prunus.text import Blocks, targets
 
-LOGIT_BYTES = 128 * 1024**2
+LOGIT_BYTES = 32 * 1024**2
 """Size of one float32 [chunk, vocab] tensor; about five of them live at a time."""
 
 PROMPTS = (
@@ -183,21 +184,6 @@ def evaluation_mode(models: Iterable[PreTrainedModel]) -> Iterator[None]:
             model.train(training)
 
 
-@contextlib.contextmanager
-def bf16_products() -> Iterator[None]:
-    """Let a CPU matmul of float32 tensors multiply in bfloat16; sums and output stay float32.
-
-    Exact when the values came from bfloat16, and twice as fast as float32. A bfloat16 matmul would round the logits.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _log_probabilities(
     models: Mapping[int, PreTrainedModel],
     blocks: Blocks,
@@ -206,7 +192,6 @@ def _log_probabilities(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """For each chunk of targets: their tokens [N], and of each model float32 log-probabilities [N, V]."""
-    heads_VH = {key: _head_weight(model).float() for key, model in models.items()}
     for start in range(0, len(blocks), batch_blocks):
         stop = min(start + batch_blocks, len(blocks))
         tokens_BS, positions_BS = blocks.batch(range(start, stop))
@@ -218,7 +203,7 @@ def _log_probabilities(
             yield (
                 target_N[rows],
                 {
-                    key: _logits(hidden_NH[key][rows], heads_VH[key], _softcap(model)).log_softmax(-1)
+                    key: _logits(hidden_NH[key][rows], _head_weight(model), _softcap(model)).log_softmax(-1)
                     for key, model in models.items()
                 },
             )
@@ -253,9 +238,8 @@ def _fitting_chunk(models: Iterable[PreTrainedModel]) -> int:
 
 
 def _logits(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:
-    """float32 [N, V], not rounded to the model's dtype. `head_VH` is float32 with values of `hidden_NH`'s dtype."""
-    with bf16_products() if hidden_NH.dtype == torch.bfloat16 else contextlib.nullcontext():
-        logits_NV = torch.mm(hidden_NH.float(), head_VH.t())
+    """float32 [N, V], not rounded to the model's dtype."""
+    logits_NV = hardware.matmul_float32(hidden_NH, head_VH.t())
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 MATMUL_SIZE = 1024
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @functools.cache
@@ -37,6 +40,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def place(model: Model, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
+    """`model.to(...)`; transformers' own `to` hides its types."""
+    torch.nn.Module.to(model, device=device, dtype=dtype)
+    return model
 
 
 def matmul_float32(a: Tensor, b: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunus import hardware
+from prunus.families import Branch
 
 
 class TokenBlocks(Protocol):
@@ -88,22 +89,29 @@ class _Reached(Exception):
     pass
 
 
-def input_of(layer: nn.Module, module: str, batch: Batch, index: int) -> Tensor:
-    """The input of one module inside a layer; what comes after it is not computed."""
+def branch_inner(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """What a branch hands to its write projection (see `families.family`); the projection itself does not run."""
     found: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.append(args[0])
         raise _Reached
 
-    handle = layer.get_submodule(module).register_forward_pre_hook(stop)
+    module = layer.get_submodule(branch.module)
+    handle = layer.get_submodule(branch.write).register_forward_pre_hook(stop)
     try:
-        run_layer(layer, batch.stream_BSH, batch.layer_inputs[index])
+        module(hidden_states=normed_BSH, **inputs) if branch.inner == "heads" else module(normed_BSH)
     except _Reached:
         return found[0]
     finally:
         handle.remove()
-    raise AssertionError(f"{module} was not called")
+    raise AssertionError(f"{branch.write} was not called")
+
+
+def branch_written(layer: nn.Module, branch: Branch, inner_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    """The write projection's output, and what is added to the stream: the same, or that behind the post-norm."""
+    written_BSH = layer.get_submodule(branch.write)(inner_BSD)
+    return written_BSH, layer.get_submodule(branch.post_norm)(written_BSH) if branch.post_norm else written_BSH
 
 
 @contextlib.contextmanager

@@ -66,9 +66,8 @@ class Picture:
 
 
 @styled
-def layers(influence_L: Sequence[float], leave_one_out_L: Sequence[float] | None, removed: Collection[int]) -> Picture:
-    """Two ways to measure how much a layer matters."""
-    panels = {"block influence": influence_L}
+def layers(scores_L: Sequence[float], leave_one_out_L: Sequence[float] | None, removed: Collection[int]) -> Picture:
+    panels = {"importance": scores_L}
     if leave_one_out_L:
         panels["damage when left out"] = leave_one_out_L
     figure, rows = _layer_panels(len(panels))
@@ -77,7 +76,7 @@ def layers(influence_L: Sequence[float], leave_one_out_L: Sequence[float] | None
         axes.bar(range(len(values)), values, color=colours)
         axes.set_ylabel(name)
     gone = f"Removed: {', '.join(map(str, removed))}." if removed else "No layer was removed."
-    return _picture(figure, "Layers", f"How much each layer changes what passes through it. {gone}")
+    return _picture(figure, "Layers", f"How much each layer matters. {gone}")
 
 
 @styled

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, distill as training, importance, measure, results, text
+from prunus import architecture, console, cost, importance, measure, results, text
+from prunus import distill as training
 from prunus.budget import parse_budget
 from prunus.checkpoint import atomic_file
 from prunus.documents import documents, is_held_out, shuffled
 from prunus.errors import BadRecipe
 from prunus.prune import prune
-from prunus.recipe import STAGES, Recipe
+from prunus.recipe import STAGES, Data, Recipe
 from prunus.report import model_card, write_report
 from prunus.run import BASELINE, Run, claim, write_json
 from prunus.scores import save_scores
@@ -45,42 +47,41 @@ def _text(run: Run) -> None:
     limit = run.recipe.distill.tokens and max(run.recipe.distill.tokens, run.recipe.measure.tokens)
     if limit is None and not Path(data.train).exists():
         raise BadRecipe(f"data.train: {data.train!r} is on the hub; say how much of it to read (--tokens 10M)")
-    sources = {
-        "train": (lambda: _side(data.train, data.text_field, 0 if data.heldout else data.heldout_share, False), limit),
-        "heldout": (
-            lambda: documents(data.heldout, text_field=data.text_field)
-            if data.heldout
-            else _side(data.train, data.text_field, data.heldout_share, True),
-            data.heldout_tokens,
-        ),
-    }
-    for name, (read, max_tokens) in sources.items():
+    heldout = partial(_side, data, held_out=True) if data.heldout is None else partial(_all, data.heldout, data)
+    train = partial(_side, data, held_out=False) if data.heldout is None else partial(_all, data.train, data)
+    for name, source, read, most in (
+        ("train", data.train, train, limit),
+        ("heldout", data.heldout or data.train, heldout, data.heldout_tokens),
+    ):
         to = run.root / "0-text" / name
-        if to.exists():
-            continue
-        with console.bar(f"{name} text", unit="tokens") as step:
-            text.tokenise(
-                shuffled(read(), seed=0),
-                tokenizer,
-                block_size=data.block_size,
-                max_tokens=max_tokens,
-                to=to,
-                label=data.heldout or data.train if name == "heldout" else data.train,
-                progress=lambda done, step=step, most=max_tokens: step(done, most),
-            )
+        if not to.exists():
+            with console.bar(f"{name} text", unit="tokens") as step:
+                text.tokenise(
+                    shuffled(read(), seed=0),
+                    tokenizer,
+                    block_size=data.block_size,
+                    max_tokens=most,
+                    to=to,
+                    label=source,
+                    progress=partial(step, total=most),
+                )
 
 
-def _side(source: str, text_field: str | None, share: float, held_out: bool):  # noqa: ANN202
-    """The documents of one side of the split of a source."""
-    docs = documents(source, text_field=text_field)
+def _all(source: str, data: Data) -> Iterator[str]:
+    return documents(source, text_field=data.text_field)
+
+
+def _side(data: Data, *, held_out: bool) -> Iterator[str]:
+    """The documents of one side of the split of the training source."""
+    docs, share = _all(data.train, data), data.heldout_share
     first = list(islice(docs, FEW_DOCUMENTS))
-    if share and len(first) < FEW_DOCUMENTS:
+    if len(first) < FEW_DOCUMENTS:
         for document in first:
-            cut = document.rfind("\n", 0, int(len(document) * (1 - share))) + 1 or int(len(document) * (1 - share))
-            yield document[cut:] if held_out else document[:cut]
-        return
-    for part in (first, docs):
-        yield from (document for document in part if is_held_out(document, share=share) == held_out)
+            wanted = int(len(document) * (1 - share))
+            border = document.rfind("\n", 0, wanted) + 1 or wanted
+            yield document[border:] if held_out else document[:border]
+    else:
+        yield from (document for document in chain(first, docs) if is_held_out(document, share=share) == held_out)
 
 
 def _measure(run: Run) -> None:
@@ -103,7 +104,9 @@ def _search(run: Run) -> None:
     """Find the architecture, unless the recipe names it."""
     recipe = run.recipe
     if recipe.arch is not None:
-        write_json(run.path("search"), results.explicit(run.teacher, architecture.parse(recipe.arch, run.teacher.architecture)))
+        write_json(
+            run.path("search"), results.explicit(run.teacher, architecture.parse(recipe.arch, run.teacher.architecture))
+        )
         return
     budget = parse_budget(run.teacher, params=recipe.params, memory=recipe.memory)
     with console.bar("probes and candidates", unit="models") as step:
@@ -125,7 +128,8 @@ def _search(run: Run) -> None:
 def _prune(run: Run) -> None:
     """Cut, repair, write, reload, compare."""
     options, target = run.recipe.prune, results.chosen(run.candidates)
-    run.require_space(1.1 * run.teacher.dtype.itemsize * cost.parameters(run.teacher.family, run.teacher.layout, target), "the pruned model")
+    parameters = cost.parameters(run.teacher.family, run.teacher.layout, target)
+    run.require_space(1.1 * parameters * run.teacher.dtype.itemsize, "the pruned model")
     with console.bar("repair", unit="layers") as step:
         prune(
             run.teacher,
@@ -157,8 +161,12 @@ def _distill(run: Run) -> None:
                 to=to,
                 settings=settings,
                 random_init=random_init,
-                progress=lambda at, step=step: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
+                progress=partial(_show_step, step),
             )
+
+
+def _show_step(step: Callable[..., None], at: training.Progress) -> None:
+    step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}")
 
 
 def _evaluate(run: Run) -> None:

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +33,9 @@ Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
 Amount = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
 
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
 class Section(BaseModel):
     """Part of a recipe. Frozen; unknown keys are mistakes."""
 
@@ -44,8 +47,8 @@ class Data(Section):
 
     train: str = Field(description="file, folder (JSONL, Parquet, text) or hub id of the training text")
     heldout: str | None = Field(None, description="held-out text; default: a share of the documents of `train`")
-    heldout_share: float = Field(0.05, gt=0, lt=1, description="share of the documents held out where `heldout` is not given")
-    heldout_tokens: Count = Field(65536, description="held-out tokens; a third serves the search, the rest the evaluation")
+    heldout_share: float = Field(0.05, gt=0, lt=1, description="share held out where `heldout` is not given")
+    heldout_tokens: Count = Field(65536, description="held-out tokens; a third is for the search, the rest judges")
     text_field: str | None = Field(None, description="column that holds the text; default: `text`")
     block_size: Count = Field(512, description="tokens of a packed block: the context in training and evaluation")
 
@@ -55,7 +58,7 @@ class Measure(Section):
 
     tokens: Count = Field(32768, description="calibration tokens, from the training text")
     grams: bool = Field(False, description="also Gram matrices, for the score ffn=reconstruction")
-    leave_one_out: bool = Field(False, description="also the loss without each layer, for the score layers=leave_one_out")
+    leave_one_out: bool = Field(False, description="also the loss without each layer (layers=leave_one_out)")
 
 
 def _one_of(axis: str) -> Any:
@@ -126,7 +129,7 @@ class LocalTask(Section):
 class Evaluate(Section):
     """What is measured at the end."""
 
-    tasks: list[str | LocalTask] = Field(default_factory=list, description="lm-eval tasks by name, or local JSONL tasks")
+    tasks: list[str | LocalTask] = Field(default_factory=list, description="lm-eval tasks, or local JSONL tasks")
     limit: Count | None = Field(None, description="rows of each task; default: all")
     speed: bool = True
     prompts: list[str] | None = Field(None, description="prompts of the sample texts; default: a few neutral ones")
@@ -160,15 +163,20 @@ class Recipe(Section):
 
 
 def parse(values: Mapping[str, Any], *, source: str) -> Recipe:
-    """A recipe from plain data.
+    """A recipe from plain data. Raises BadRecipe, see `parse_section`."""
+    return parse_section(Recipe, values, source=source)
+
+
+def parse_section(section: type[Parsed], values: Mapping[str, Any], *, source: str) -> Parsed:
+    """A recipe, or one section of it, from plain data.
 
     Raises:
         BadRecipe: lists every mistake, unknown keys with the nearest known one.
     """
     try:
-        return Recipe.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
-        mistakes = [_explain(detail) for detail in error.errors()]
+        mistakes = [_explain(detail, section) for detail in error.errors()]
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise BadRecipe(f"{source}: {count}\n" + "\n".join(f"  - {mistake}" for mistake in mistakes)) from error
 
@@ -208,13 +216,13 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def _explain(detail: Mapping[str, Any]) -> str:
+def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
     """A pydantic error as a line that says what to change."""
     path = [str(part) for part in detail["loc"]]
     where, kind = ".".join(path), detail["type"]
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.5)
-        known = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(_known_keys(path[:-1]))}"
+        close = difflib.get_close_matches(path[-1], _known_keys(section, path[:-1]), n=1, cutoff=0.5)
+        known = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(_known_keys(section, path[:-1]))}"
         return f"unknown key {where!r}; {known}"
     if kind == "missing":
         return f"{where} is missing"
@@ -222,8 +230,7 @@ def _explain(detail: Mapping[str, Any]) -> str:
     return f"{where}: {message}" if where else message
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _known_keys(section: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         field = section.model_fields.get(part)
         inner = getattr(field, "annotation", None)

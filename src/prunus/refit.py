@@ -6,14 +6,15 @@ Shapes: N tokens, H teacher channels, K student inputs, O outputs of a projectio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunus import hardware, layerwise, repair
-from prunus.families import Branch, Family
+from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.selection import Kept
 
@@ -43,116 +44,123 @@ def repair_layers(
         kept: what the student keeps of the teacher.
         blocks: calibration text.
     """
-    teacher_batches = layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS)
-    student_batches = layerwise.enter_all(student, blocks, batch_blocks=BATCH_BLOCKS)
-    walk = _Walk(teacher, family, kept, teacher_batches)
+    batches = layerwise.enter_all(student, blocks, batch_blocks=BATCH_BLOCKS)
+    walk = _TeacherWalk(teacher, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
+    # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
+    scale = math.sqrt(len(kept.hidden) / teacher.config.hidden_size) if family.scaled_embedding else 1.0
+    hidden = torch.tensor(kept.hidden)
     for number, layer in enumerate(layerwise.body(student).layers):
-        walk.to_layer(number)
+        source, seen = walk.next_layer(family, number)
         for branch in family.branches:
-            walk.fit_reads(number, layer, branch, student_batches, damping)
-            walk.fit_write(number, layer, branch, student_batches, damping)
-        for batch in student_batches:
-            batch.stream_BSH = layerwise.run_layer(layer, batch.stream_BSH, batch.layer_inputs[number])
+            norm, teacher_side = layer.get_submodule(branch.norm), seen[branch.name]
+            normed = [norm(batch.stream_BSH) for batch in batches]
+            rows = {name: kept.index(family.layer_weights[f"{name}.weight"][0], number, walk.head_dim)
+                    for name in branch.reads}  # fmt: skip
+            _fit_reads(source, layer, rows, _flat(normed), _flat(teacher_side.normed), damping)
+            inner = [
+                layerwise.branch_inner(layer, branch, normed_BSK, batch.layer_inputs[number])
+                for normed_BSK, batch in zip(normed, batches, strict=True)
+            ]
+            if branch.post_norm:  # the norm behind sets the scale, so only the direction counts
+                targets_NK = _flat(teacher_side.written)[:, hidden]
+            else:
+                streams_NK = _flat([batch.stream_BSH for batch in batches])
+                targets_NK = (_flat(teacher_side.after)[:, hidden].float() * scale - streams_NK.float()).to(
+                    streams_NK.dtype
+                )
+            _fit_write(_linear(layer, branch.write), _flat(inner), targets_NK, damping)
+            for batch, inner_BSD in zip(batches, inner, strict=True):
+                batch.stream_BSH = batch.stream_BSH + layerwise.branch_written(layer, branch, inner_BSD)[1]
         progress(number + 1, len(kept.layers))
 
 
-class _Walk:
-    """The teacher's side of `repair_layers`: its streams, and what its branches saw and wrote in the current layer."""
+@dataclass
+class _Seen:
+    """What the teacher computed in one branch, a tensor per batch.
 
-    def __init__(self, teacher: PreTrainedModel, family: Family, kept: Kept, batches: list[layerwise.Batch]) -> None:
-        self.family, self.kept, self.batches = family, kept, batches
+    Attributes:
+        normed: the norm's output, [B, S, H].
+        written: the write projection's output.
+        after: the stream behind the branch; behind the last one of a layer, also behind dropped layers that follow.
+    """
+
+    normed: list[Tensor]
+    written: list[Tensor]
+    after: list[Tensor]
+
+
+class _TeacherWalk:
+    """The teacher's side of `repair_layers`."""
+
+    def __init__(self, teacher: PreTrainedModel, kept: Kept, batches: list[layerwise.Batch]) -> None:
+        self.kept, self.batches = kept, batches
         self.layers = layerwise.body(teacher).layers
         self.head_dim = teacher.config.head_dim
-        self.next_layer = 0
-        hidden = teacher.config.hidden_size
-        # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
-        self.stream_scale = math.sqrt(len(kept.hidden) / hidden) if family.scaled_embedding else 1.0
+        self.done = 0
 
-    def to_layer(self, number: int) -> None:
-        """Run the teacher through the layer that student layer `number` came from, and through dropped ones behind."""
-        last = number + 1 == len(self.kept.layers)
-        behind = len(self.layers) if last else self.kept.layers[number + 1]
-        self._advance(self.kept.layers[number])
-        self.layer = self.layers[self.next_layer]
-        self.norm_outputs: dict[str, list[Tensor]] = {branch.name: [] for branch in self.family.branches}
-        self.written: dict[str, list[Tensor]] = {branch.name: [] for branch in self.family.branches}
-        streams: dict[str, list[Tensor]] = {branch.name: [] for branch in self.family.branches}
-        observers: dict[str, Callable[[Tensor, Tensor], None]] = {}
-        for branch in self.family.branches:
-
-            def see_norm(stream: Tensor, output: Tensor, name: str = branch.name) -> None:
-                streams[name].append(stream.flatten(0, 1))
-                self.norm_outputs[name].append(output.flatten(0, 1))
-
-            def see_write(_: Tensor, output: Tensor, name: str = branch.name) -> None:
-                self.written[name].append(output.flatten(0, 1))
-
-            observers[branch.norm] = see_norm
-            if branch.post_norm:
-                observers[branch.write] = see_write
-        with layerwise.observe(self.layer, observers):
-            self._advance(self.next_layer + 1)
-        self._advance(behind)
-        after = [batch.stream_BSH.flatten(0, 1) for batch in self.batches]
-        following = [streams[branch.name] for branch in self.family.branches[1:]] + [after]
-        self.stream_after = dict(zip(streams, following, strict=True))
-
-    def _advance(self, layer: int) -> None:
-        while self.next_layer < layer:
+    def next_layer(self, family: Family, number: int) -> tuple[nn.Module, dict[str, _Seen]]:
+        """Run the layer that student layer `number` came from, and those dropped before and behind it."""
+        self._skip_to(self.kept.layers[number])
+        layer, seen = self.layers[self.done], {}
+        for branch in family.branches:
+            seen[branch.name] = _Seen([], [], [])
             for batch in self.batches:
-                inputs = batch.layer_inputs[self.next_layer]
-                batch.stream_BSH = layerwise.run_layer(self.layers[self.next_layer], batch.stream_BSH, inputs)
-            self.next_layer += 1
+                normed_BSH = layer.get_submodule(branch.norm)(batch.stream_BSH)
+                inner_BSD = layerwise.branch_inner(layer, branch, normed_BSH, batch.layer_inputs[self.done])
+                written_BSH, added_BSH = layerwise.branch_written(layer, branch, inner_BSD)
+                batch.stream_BSH = batch.stream_BSH + added_BSH
+                seen[branch.name].normed.append(normed_BSH)
+                seen[branch.name].written.append(written_BSH)
+                seen[branch.name].after.append(batch.stream_BSH)
+        self.done += 1
+        last = number + 1 == len(self.kept.layers)
+        self._skip_to(len(self.layers) if last else self.kept.layers[number + 1])
+        seen[family.branches[-1].name].after = [batch.stream_BSH for batch in self.batches]
+        return layer, seen
 
-    def fit_reads(
-        self, number: int, layer: nn.Module, branch: Branch, batches: list[layerwise.Batch], damping: float
-    ) -> None:
-        """Fit q, k, v (or gate, up) to the teacher's outputs from the student's norm output."""
-        equations = None
-        for batch, teacher_NH in zip(batches, self.norm_outputs[branch.name], strict=True):
-            student_NK = layerwise.input_of(layer, branch.reads[0], batch, number).flatten(0, 1)
-            inputs, targets = _with_ones(student_NK), _with_ones(teacher_NH)
-            equations = equations or _zeros(inputs, targets)
-            _add(equations, inputs, targets)
-        assert equations is not None
-        for name in branch.reads:
-            source, projection = _linear(self.layer, name), _linear(layer, name)
-            rows = self.kept.index(self.family.layer_weights[f"{name}.weight"][0], number, self.head_dim)
-            bias = projection.bias is not None
-            columns = slice(None) if bias else slice(-1)
-            weight_OH = _joined(source)[rows]
-            _set(
-                projection,
-                repair.least_squares(
-                    equations.gram_KK[columns, columns],
-                    weight_OH @ equations.cross_OK[columns, columns],
-                    _joined(projection),
-                    damping=damping,
-                ),
-            )
+    def _skip_to(self, layer: int) -> None:
+        for index in range(self.done, layer):
+            for batch in self.batches:
+                batch.stream_BSH = layerwise.run_layer(self.layers[index], batch.stream_BSH, batch.layer_inputs[index])
+        self.done = layer
 
-    def fit_write(
-        self, number: int, layer: nn.Module, branch: Branch, batches: list[layerwise.Batch], damping: float
-    ) -> None:
-        """Fit o_proj (or down_proj) so that the stream behind it is the teacher's."""
-        projection = _linear(layer, branch.write)
-        bias, hidden = projection.bias is not None, torch.tensor(self.kept.hidden)
-        equations = None
-        for place, batch in enumerate(batches):
-            inner_NK = layerwise.input_of(layer, branch.write, batch, number).flatten(0, 1)
-            if branch.post_norm:  # the norm behind sets the scale, so only the direction counts
-                target_NH = self.written[branch.name][place][:, hidden]
-            else:
-                first = branch is self.family.branches[0]
-                stream = batch.stream_BSH if first else layerwise.input_of(layer, branch.norm, batch, number)
-                wanted_NH = self.stream_after[branch.name][place][:, hidden].float() * self.stream_scale
-                target_NH = (wanted_NH - stream.flatten(0, 1).float()).to(inner_NK.dtype)
-            inputs = _with_ones(inner_NK) if bias else inner_NK
-            equations = equations or _zeros(inputs, target_NH)
-            _add(equations, inputs, target_NH)
-        assert equations is not None
-        fitted = repair.least_squares(equations.gram_KK, equations.cross_OK, _joined(projection), damping=damping)
-        _set(projection, fitted)
+
+def _fit_reads(
+    source: nn.Module,
+    layer: nn.Module,
+    rows: Mapping[str, Tensor | None],
+    student_NK: Tensor,
+    teacher_NH: Tensor,
+    damping: float,
+) -> None:
+    """Fit q, k, v (or gate, up) to the teacher's outputs from the student's norm output.
+
+    Args:
+        rows: projection → which of the teacher's outputs it keeps.
+    """
+    inputs, targets = _with_ones(student_NK), _with_ones(teacher_NH)
+    gram_KK = layerwise.gram(inputs)
+    cross_HK = hardware.matmul_float32(targets.T, inputs)
+    for name, index in rows.items():
+        original, projection = _linear(source, name), _linear(layer, name)
+        columns = slice(None) if projection.bias is not None else slice(-1)
+        wanted_OK = _joined(original)[index] @ cross_HK[columns, columns]
+        _set(
+            projection,
+            repair.least_squares(gram_KK[columns, columns], wanted_OK, _joined(projection), damping=damping),
+        )
+
+
+def _fit_write(projection: nn.Linear, inner_NK: Tensor, targets_NO: Tensor, damping: float) -> None:
+    """Fit o_proj (or down_proj) to what should be added to the student's stream."""
+    inputs = inner_NK if projection.bias is None else _with_ones(inner_NK)
+    cross_OK = hardware.matmul_float32(targets_NO.T, inputs)
+    _set(projection, repair.least_squares(layerwise.gram(inputs), cross_OK, _joined(projection), damping=damping))
+
+
+def _flat(parts_BSH: list[Tensor]) -> Tensor:
+    """[N, H] of all batches."""
+    return torch.cat([part.flatten(0, 1) for part in parts_BSH])
 
 
 def _with_ones(x_ND: Tensor) -> Tensor:
@@ -177,12 +185,3 @@ def _set(projection: nn.Linear, joined: Tensor) -> None:
         projection.bias.copy_(joined[:, -1])
         joined = joined[:, :-1]
     projection.weight.copy_(joined)
-
-
-def _zeros(inputs_NK: Tensor, targets_NO: Tensor) -> repair.NormalEquations:
-    return repair.NormalEquations.zeros(inputs_NK.shape[1], targets_NO.shape[1], device=inputs_NK.device)
-
-
-def _add(equations: repair.NormalEquations, inputs_NK: Tensor, targets_NO: Tensor) -> None:
-    equations.gram_KK += layerwise.gram(inputs_NK)
-    equations.cross_OK += hardware.matmul_float32(targets_NO.T, inputs_NK)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,18 +56,6 @@ def least_squares(gram_KK: Tensor, cross_OK: Tensor, start_OK: Tensor, *, dampin
     if failed:
         raise ValueError("least_squares: the Gram matrix is not positive definite; the calibration text is degenerate")
     return torch.cholesky_solve(right.T, factor).T.float()
-
-
-@dataclass
-class NormalEquations:
-    """Running sums XᵀX and TᵀX of one least-squares problem."""
-
-    gram_KK: Tensor
-    cross_OK: Tensor
-
-    @classmethod
-    def zeros(cls, inputs: int, outputs: int, *, device: torch.device) -> NormalEquations:
-        return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, inputs, device=device))
 
 
 def head_residuals(heads_LD: Tensor, ranked_L: Sequence[int], kept: int) -> Tensor:

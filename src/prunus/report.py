@@ -188,7 +188,7 @@ def _training(training: Report) -> list[tuple[str, str]]:
         ("tokens", formats.count(training["tokens"])),
         ("time", formats.seconds(training["seconds"])),
         ("tokens/s", formats.number(training["tokens_per_second"])),
-        ("peak learning rate", f"{max(point['lr'] for point in training['curve']):.2g}"),
+        ("peak learning rate", f"{max(point['learning_rate'] for point in training['curve']):.2g}"),
         ("loss", f"{formats.number(first['loss'])} → {formats.number(last['loss'])}"),
     ]
 

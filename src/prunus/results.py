@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedModel
 
 import prunus
@@ -22,6 +24,7 @@ from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, qualities, samples, speed
 from prunus.prune import KEPT_FILE, build, cut
+from prunus.recipe import STAGES
 from prunus.run import BASELINE, Run
 from prunus.search import Candidate, Search
 from prunus.tasks import local_task_from_dict, run_tasks
@@ -50,9 +53,7 @@ def searched(found: Search, budget: Budget) -> dict[str, Any]:
         },
         "probes": dict(found.probes),
         "considered": found.considered,
-        "candidates": [
-            _candidate(entry, chosen=entry is found.best) for entry in found.candidates[:LISTED_CANDIDATES]
-        ],
+        "candidates": [_candidate(entry, chosen=entry is found.best) for entry in found.candidates[:LISTED_CANDIDATES]],
     }
 
 
@@ -102,7 +103,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     speeds = speed({key: models[key] for key in ("teacher", student)}) if options.speed else {}
     tokenizer = run.teacher.tokenizer()
     tasks = [task if isinstance(task, str) else local_task_from_dict(task.model_dump()) for task in options.tasks]
-    scored = {key: run_tasks(model, tokenizer, tasks, limit=options.limit) for key, model in ends.items()} if tasks else {}
+    scored = (
+        {key: run_tasks(model, tokenizer, tasks, limit=options.limit) for key, model in ends.items()} if tasks else {}
+    )
     return {
         "tokens": run.test.num_tokens,
         "models": [
@@ -133,7 +136,7 @@ def _models(run: Run) -> tuple[dict[str, PreTrainedModel], dict[str, tuple[int, 
     sizes = {key: (checkpoint.parameters, checkpoint.bytes) for key, checkpoint in checkpoints.items()}
     if run.recipe.prune.repair or run.recipe.prune.norm_correction:
         plain = cut(run.teacher, run.scores, run.pruned.architecture, norm_correction=False)
-        models["cut"], sizes["cut"] = build(plain, dtype).to(device=device), sizes["repaired"]
+        models["cut"], sizes["cut"] = hardware.place(build(plain, dtype), device=device), sizes["repaired"]
     return {key: models[key] for key in LABELS if key in models}, sizes
 
 
@@ -188,6 +191,30 @@ def versions() -> dict[str, str]:
     }
 
 
+def show(run: Run) -> None:
+    """Print what a run holds, for a reader."""
+    out = Console(highlight=False)
+    if run.finished("evaluate"):
+        table = Table("", "parameters", "perplexity", "bits/byte", "KL to teacher", "same top token", box=None)
+        for model in json.loads(run.path("evaluate").read_text())["models"]:
+            table.add_row(
+                model["label"],
+                f"{model['parameters']:,}",
+                f"{model['perplexity']:.2f}",
+                f"{model['bits_per_byte']:.3f}",
+                f"{model['kl_to_teacher']:.3f}",
+                f"{model['top1_agreement']:.1%}",
+            )
+        out.print(table)
+    elif run.finished("search"):
+        entry = next(entry for entry in run.candidates["candidates"] if entry["chosen"])
+        out.print(f"{Architecture(**entry['architecture'])}: {entry['parameters']:,} parameters")
+    if run.finished("search") and (note := run.candidates["budget"]["note"]):
+        out.print(f"Note: {note}")
+    last = max((stage for stage in STAGES if run.finished(stage)), key=STAGES.index)
+    out.print(f"Wrote {run.path(last)}")
+
+
 def _texts(run: Run) -> dict[str, Blocks]:
     if not run.finished("text"):
         return {}
@@ -202,9 +229,7 @@ def _scores(run: Run) -> dict[str, Any]:
     scores, levels = run.scores, torch.linspace(0, 1, 11)
     return {
         "functions": {
-            key.removeprefix("score/"): name
-            for key, name in scores.provenance.items()
-            if key.startswith("score/")
+            key.removeprefix("score/"): name for key, name in scores.provenance.items() if key.startswith("score/")
         },
         "layers": scores["layers"].tolist(),
         "leave_one_out": run.statistics.sums["leave_one_out"].tolist()

@@ -22,12 +22,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from prunus import console, recipe as recipes
+from prunus import console
+from prunus import recipe as recipes
 from prunus.checkpoint import Checkpoint, atomic_file, load, verify_weights
 from prunus.errors import BadOutput, PrunusError
+from prunus.measure import Statistics, load_statistics
 from prunus.recipe import STAGES, Recipe
 from prunus.scores import Scores, load_scores
-from prunus.measure import Statistics, load_statistics
 from prunus.text import Blocks, load_blocks, order
 
 OUTPUTS = {
@@ -175,7 +176,8 @@ def claim(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None) 
     visible = [path.name for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
     if visible and not is_run(root):
         raise BadOutput(
-            f"{root} holds files that Prunus did not write ({', '.join(sorted(visible)[:3])}). Give a new folder with --to."
+            f"{root} holds files that Prunus did not write ({', '.join(sorted(visible)[:3])}). "
+            "Give a new folder with --to."
         )
     run = Run(root, recipe)
     _check_teacher(run)
@@ -210,9 +212,10 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
     stale_from = min((STAGES.index(stage) for stage in changed), default=len(STAGES))
     stale = [stage for stage in STAGES[stale_from:] if any((run.root / name).exists() for name in OUTPUTS[stage])]
     if stale and not redo:
-        keys = ", ".join(key for keys in changed.values() for key in keys)
+        names = ", ".join(key for keys in changed.values() for key in keys)
         raise BadOutput(
-            f"{run.root} was made with another recipe (changed: {keys}), which its stages {', '.join(stale)} depend on. "
+            f"{run.root} was made with another recipe (changed: {names}), "
+            f"which its stages {', '.join(stale)} depend on. "
             "Give a new folder with --to, or --redo to do those stages again."
         )
     first = min(stale_from, STAGES.index(redo_stage) if redo_stage else len(STAGES))

@@ -32,6 +32,7 @@ QK_NORMS: Weights = {
 
 ATTENTION = Branch(
     name="attention",
+    module="self_attn",
     norm="input_layernorm",
     reads=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     write="self_attn.o_proj",
@@ -40,6 +41,7 @@ ATTENTION = Branch(
 
 FFN = Branch(
     name="ffn",
+    module="mlp",
     norm="post_attention_layernorm",
     reads=("mlp.gate_proj", "mlp.up_proj"),
     write="mlp.down_proj",

@@ -38,6 +38,7 @@ class Branch:
 
     Attributes:
         name: "attention" or "ffn".
+        module: what computes the branch from the norm's output.
         norm: the norm through which the stream is read.
         reads: projections applied to the norm's output.
         write: projection whose output is added to the stream.
@@ -47,6 +48,7 @@ class Branch:
     """
 
     name: str
+    module: str
     norm: str
     reads: tuple[str, ...]
     write: str

@@ -1,0 +1,60 @@
+"""What a model is made of: its axes and where its parameters sit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prunus.architecture import AXES
+from prunus.checkpoint import Checkpoint
+from prunus.results import model_facts
+from prunus.selection import illegal_cut
+
+AXIS_MEANING = {
+    "layers": "decoder layers",
+    "hidden": "channels of the residual stream",
+    "ffn": "neurons per feed-forward block",
+    "heads": "query heads per layer",
+    "kv_heads": "key-value groups per layer",
+}
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes, costs and, per axis, the next smaller legal size."""
+    return model_facts(checkpoint) | {"next_smaller": {axis: next_smaller(checkpoint, axis) for axis in AXES}}
+
+
+def next_smaller(checkpoint: Checkpoint, axis: str) -> int | None:
+    """The largest legal size of an axis below the present one, the others as they are; None if there is none."""
+    sizes = checkpoint.architecture
+    for size in range(getattr(sizes, axis) - 1, 0, -1):
+        if not illegal_cut(checkpoint.family, sizes, sizes.replace(**{axis: size})):
+            return size
+    return None
+
+
+def show(checkpoint: Checkpoint) -> None:
+    """Print the tables for a reader."""
+    found, console = facts(checkpoint), Console(highlight=False)
+    console.print(
+        f"[bold]{checkpoint.name}[/bold]  {found['model_type']}, {checkpoint.parameters:,} parameters, "
+        f"{checkpoint.bytes / 1e6:,.0f} MB, {str(checkpoint.dtype).removeprefix('torch.')}"
+    )
+    axes = Table("axis", "size", "next legal size", "meaning", box=None, header_style="bold")
+    for axis in AXES:
+        smaller = found["next_smaller"][axis]
+        size = str(getattr(checkpoint.architecture, axis))
+        axes.add_row(axis, size, "–" if smaller is None else str(smaller), AXIS_MEANING[axis])
+    console.print(axes)
+    parts = Table("part", "parameters", "share", box=None, header_style="bold")
+    for part, count in sorted(found["parameters_by_group"].items(), key=lambda item: -item[1]):
+        parts.add_row(part, f"{count:,}", f"{count / checkpoint.parameters:.1%}")
+    console.print(parts)
+    console.print(
+        f"{found['flops_per_token'] / 1e6:,.0f} MFLOP and {found['kv_bytes_per_token'] / 1e3:,.1f} kB of KV cache "
+        "per token"
+    )
+    if checkpoint.config.tie_word_embeddings:
+        console.print("The output head is tied to the embedding and counted once.")

@@ -1,0 +1,131 @@
+"""A dry run: what a recipe would build, cost and write. Opens headers and configs only; writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prunus import cost, distill, hardware
+from prunus.architecture import Architecture, parse
+from prunus.budget import parse_budget
+from prunus.checkpoint import Checkpoint, load
+from prunus.console import duration
+from prunus.errors import BadRecipe, BudgetUnreachable
+from prunus.recipe import Recipe
+from prunus.run import OUTPUTS
+from prunus.search import legal_architectures
+from prunus.selection import illegal_cut
+
+EFFICIENCY = 0.45
+"""Share of the GEMM rate that whole steps reach (norms, attention and softmax are not GEMMs); measured, see LOG.md."""
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `compress` would do.
+
+    Without scores the architecture is not known yet: shown is the legal one near the budget whose shape is nearest to
+    the teacher's; the search ranks all of them by measured damage.
+    """
+    teacher = load(recipe.model)
+    if recipe.arch is not None:
+        target, count, target_cost = parse(recipe.arch, teacher.architecture), 1, None
+        if reasons := illegal_cut(teacher.family, teacher.architecture, target):
+            raise BudgetUnreachable(f"architecture {target} is not legal: {'; '.join(reasons)}")
+    else:
+        budget = parse_budget(teacher, params=recipe.params, memory=recipe.memory)
+        found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
+        target, count, target_cost = _most_similar(teacher.architecture, found), len(found), budget.target
+    if recipe.distill.tokens is None:
+        raise BadRecipe("plan: the time depends on the amount of text; give --tokens")
+    schedule = distill.plan(
+        distill.Settings(**recipe.distill.model_dump()),
+        hidden=target.hidden,
+        num_blocks=recipe.distill.tokens // recipe.data.block_size,
+        block_size=recipe.data.block_size,
+    )
+    return {
+        "teacher": _facts(teacher, teacher.architecture),
+        "student": _facts(teacher, target),
+        "budget": target_cost,
+        "legal_architectures": count,
+        "training": asdict(schedule) | {"tokens": schedule.tokens},
+        "peak_memory_bytes": peak_memory(teacher, target, recipe),
+        "seconds": seconds(teacher, target, recipe, schedule.tokens),
+        "writes": [f"{recipe.to}/{name}" for names in OUTPUTS.values() for name in names],
+        "disk_bytes": 4 * teacher.dtype.itemsize * _parameters(teacher, target),
+    }
+
+
+def peak_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe) -> int:
+    """Bytes while distilling: both models, float32 masters, gradients and Adam's moments, activations, head chunks."""
+    itemsize = hardware.compute_dtype().itemsize
+    student = _parameters(teacher, target)
+    tokens = recipe.distill.micro_blocks * recipe.data.block_size
+    # Kept for the backward pass per token and layer: about 10 vectors of hidden size, 4 of the FFN, 6 of the heads'.
+    per_token = target.layers * (10 * target.hidden + 4 * target.ffn + 6 * target.heads * target.head_dim)
+    head = min(tokens, 1024) * target.vocab * 3 * itemsize
+    return itemsize * (teacher.parameters + 2 * student + tokens * per_token) + 16 * student + head
+
+
+def seconds(teacher: Checkpoint, target: Architecture, recipe: Recipe, training_tokens: int) -> dict[str, float]:
+    """Seconds of the long stages, from a GEMM timed now."""
+    rate = EFFICIENCY * hardware.matmul_flops_per_second(hardware.compute_dtype())
+    context = recipe.data.block_size // 2
+    ahead = cost.flops_per_token(teacher.family, teacher.layout, teacher.architecture, context=context)
+    student = cost.flops_per_token(teacher.family, teacher.layout, target, context=context)
+    built = recipe.search.candidates + 4 if recipe.arch is None else 1
+    search = built * (2 * recipe.search.probe_tokens * (ahead + student) + recipe.data.heldout_tokens / 3 * student)
+    return {
+        "measure": recipe.measure.tokens * ahead / rate,
+        "search": search / rate,
+        "prune": 2 * recipe.measure.tokens * (ahead + student) / rate,
+        "distill": training_tokens * (ahead + 3 * student) * (2 if recipe.baseline else 1) / rate,
+        "evaluate": recipe.data.heldout_tokens * (ahead + 3 * student) / rate,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the plan for a reader."""
+    console = Console(highlight=False)
+    table = Table("", "teacher", "student", "ratio", box=None, header_style="bold")
+    teacher, student = result["teacher"], result["student"]
+    for key in teacher:
+        ratio = student[key] / teacher[key]
+        table.add_row(key, f"{teacher[key]:,}", f"{student[key]:,}", f"{ratio:.2f}")
+    console.print(table)
+    if result["legal_architectures"] > 1:
+        console.print(
+            f"{result['legal_architectures']:,} legal architectures meet the budget; shown is the one most like the "
+            "teacher. The search ranks them all and measures the best few."
+        )
+    training = result["training"]
+    console.print(
+        f"Distillation: {training['steps']:,} steps of {training['batch_blocks']} × {training['block_size']} tokens "
+        f"({training['tokens']:,} in all), learning rate {training['learning_rate']:.2g}"
+    )
+    console.print(f"Peak memory: about {result['peak_memory_bytes'] / 1e9:.1f} GB")
+    stages = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items())
+    console.print(f"Time on this machine, now: about {duration(sum(result['seconds'].values()))} ({stages})")
+    console.print(f"Would write {result['disk_bytes'] / 1e6:,.0f} MB: {', '.join(result['writes'])}")
+
+
+def _most_similar(teacher: Architecture, found: list[Architecture]) -> Architecture:
+    """The one whose smallest axis share is largest."""
+    return max(found, key=lambda a: min(size / getattr(teacher, axis) for axis, size in a.axes().items()))
+
+
+def _facts(teacher: Checkpoint, sizes: Architecture) -> dict[str, int]:
+    parameters = _parameters(teacher, sizes)
+    return sizes.axes() | {
+        "parameters": parameters,
+        "bytes": parameters * teacher.dtype.itemsize,
+        "FLOPs per token": cost.flops_per_token(teacher.family, teacher.layout, sizes),
+        "KV bytes per token": cost.kv_bytes_per_token(sizes, bytes_per_value=teacher.dtype.itemsize),
+    }
+
+
+def _parameters(teacher: Checkpoint, sizes: Architecture) -> int:
+    return cost.parameters(teacher.family, teacher.layout, sizes)

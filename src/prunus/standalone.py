@@ -1,0 +1,89 @@
+"""Distil or evaluate any model, without a run directory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prunus import console, hardware
+from prunus import distill as training
+from prunus.budget import parse_quantity
+from prunus.checkpoint import Checkpoint, load, verify_weights
+from prunus.documents import documents, shuffled
+from prunus.errors import BadCheckpoint, BadOutput
+from prunus.evaluate import quality, speed
+from prunus.recipe import Distill, parse_section
+from prunus.tasks import run_tasks
+from prunus.text import Blocks, tokenise
+
+BLOCK_SIZE = 512
+
+
+def distill(
+    student: str, teacher: str, data: str, *, tokens: str | None, settings: Mapping[str, Any], to: Path
+) -> Path:
+    """Distil `teacher` into `student` on the text `data`, and write the result to `to`."""
+    if to.exists() and any(to.iterdir()):
+        raise BadOutput(f"{to} is not empty; give a new folder with --to")
+    options = parse_section(Distill, {**settings, **({"tokens": tokens} if tokens else {})}, source="command line")
+    learner, source = _opened(student), _opened(teacher)
+    if learner.architecture.vocab != source.architecture.vocab:
+        sizes = f"{learner.architecture.vocab} and {source.architecture.vocab}"
+        raise BadCheckpoint(f"student and teacher have vocabularies of {sizes}; distillation needs the same tokens")
+    with tempfile.TemporaryDirectory() as folder, console.bar("student", unit="tokens") as step:
+        blocks = _blocks(data, source, options.tokens, Path(folder))
+        written = training.distill(
+            learner,
+            source,
+            blocks,
+            to=to,
+            settings=training.Settings(**options.model_dump()),
+            progress=lambda at: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
+        )
+    return written.folder
+
+
+def evaluate(
+    model: str, *, teacher: str | None, data: str | None, tokens: str, tasks: Sequence[str], limit: int | None
+) -> dict[str, Any]:
+    """Quality on the text `data`, tasks and speed of one model."""
+    checkpoint = _opened(model)
+    dtype, device = hardware.compute_dtype(), hardware.device()
+    module = checkpoint.module(dtype, device)
+    result: dict[str, Any] = {"model": model, "parameters": checkpoint.parameters, "bytes": checkpoint.bytes}
+    if data is not None:
+        reference = _opened(teacher).module(dtype, device) if teacher else None
+        with tempfile.TemporaryDirectory() as folder, console.bar("text", unit="blocks") as step:
+            blocks = _blocks(data, checkpoint, int(parse_quantity(tokens)), Path(folder))
+            result |= asdict(quality(module, blocks, teacher=reference, progress=step))
+    result |= asdict(speed({"model": module})["model"])
+    return result | {"tasks": run_tasks(module, checkpoint.tokenizer(), list(tasks), limit=limit) if tasks else {}}
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print an evaluation for a reader."""
+    table = Table("", "", box=None, show_header=False)
+    for key, value in result.items():
+        if key != "tasks" and value is not None:
+            table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value}")
+    for task, metrics in result["tasks"].items():
+        table.add_row(task, "  ".join(f"{metric} {value:.3f}" for metric, value in metrics.items()))
+    Console(highlight=False).print(table)
+
+
+def _opened(name: str) -> Checkpoint:
+    checkpoint = load(name)
+    verify_weights(checkpoint)
+    return checkpoint
+
+
+def _blocks(data: str, model: Checkpoint, tokens: int | None, folder: Path) -> Blocks:
+    docs = shuffled(documents(data), seed=0)
+    to = folder / "text"
+    return tokenise(docs, model.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=to, label=data)

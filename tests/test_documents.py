@@ -1,0 +1,176 @@
+"""Documents: every kind of source, what is wrong with one, and the split."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from prunus.documents import documents, is_held_out, split_documents
+from prunus.errors import BadData
+
+PROSE = ["the cat sat on the mat", "a dog ran after the cat", "the mat lay on the floor, where the dog slept"]
+UNICODE = ["naïve café, 12 €", "日本語のテキスト。", "emoji 😀 and 𝔘nicode", "ascii only"]
+
+
+def write_jsonl(file: Path, docs: list[str], column: str = "text", **more: object) -> Path:
+    lines = "".join(json.dumps({column: document, **more}) + "\n" for document in docs).encode()
+    compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
+    file.write_bytes(compress.get(file.suffix, bytes)(lines))
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "[odd] *name?.jsonl"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    file = write_jsonl(tmp_path / name, UNICODE)
+    assert list(documents(str(file))) == UNICODE
+
+
+def test_json_array(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": document} for document in UNICODE]))
+    assert list(documents(str(tmp_path / "a.json"))) == UNICODE
+
+
+def test_parquet(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": UNICODE, "id": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    assert list(documents(str(tmp_path / "a.parquet"))) == UNICODE
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.rst", "a.txt.gz", "a.txt.zst"])
+def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
+    content = "first\n\nsecond é\n\n\nthird\n".encode()
+    compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
+    (tmp_path / name).write_bytes(compress.get(Path(name).suffix, bytes)(content))
+    assert list(documents(str(tmp_path / name))) == [content.decode()]
+
+
+def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
+    for folder in ("b", "a/deep", ".git"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_jsonl(tmp_path / "b/2.jsonl.zst", ["second", "third"])
+    (tmp_path / "a/deep/1.txt").write_text("first")
+    (tmp_path / "z.md").write_text("fourth")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / ".git/description.txt").write_text("hidden")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert list(documents(str(tmp_path))) == ["first", "second", "third", "fourth"]
+
+
+def test_the_column_of_the_text(tmp_path: Path) -> None:
+    only = write_jsonl(tmp_path / "only.jsonl", PROSE, column="body", id=7)
+    assert list(documents(str(only))) == PROSE
+    two = write_jsonl(tmp_path / "two.jsonl", PROSE, column="body", title="x")
+    assert list(documents(str(two), text_field="body")) == PROSE
+    with pytest.raises(
+        BadData, match=r"two.jsonl: no column 'text'.*Columns: body \(text\), title \(text\)\. Name the one"
+    ):
+        list(documents(str(two)))
+    with pytest.raises(BadData, match=r"no column 'bodi' that holds text.*body \(text\)"):
+        list(documents(str(two), text_field="bodi"))
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"text": 1, "name": "x"}\n')
+    with pytest.raises(BadData, match=r"Columns: text, name \(text\)"):
+        list(documents(str(numbers)))
+
+
+def test_missing_texts_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one"}\n{"id": 3}\n\n{"text": ""}\n')
+    assert list(documents(str(tmp_path / "a.jsonl"))) == ["one"]
+
+
+def test_chat_data_is_not_taken_for_text(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "hello"}], "source": "smoltalk"}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadData, match="chat data, which is not read"):
+        list(documents(str(tmp_path / "chat.jsonl")))
+
+
+@pytest.mark.parametrize("source", ["no/such/place", "nowhere", "./corpus", "/tmp/none/at.all", "data/missing.jsonl"])
+def test_nothing_there(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadData, match=r"no such file or folder\. Check the path, or give a hub data set as owner/name"):
+        documents(source)
+
+
+def test_a_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        BadData, match=r"^nobody/nothing:en: no such file or folder, and the hub did not give it.*network"
+    ):
+        list(documents("nobody/nothing:en"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, config, split, streaming))
+        return [{"text": document} for document in PROSE]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(documents("owner/name:20231101.en")) == list(documents("owner/name")) == PROSE
+    assert asked == [("owner/name", "20231101.en", "train", True), ("owner/name", None, "train", True)]
+
+
+BINARY = bytes(range(256)) * 4
+UNREADABLE = {
+    "empty.txt": (b"", "it is empty, no document has any text"),
+    "empty.jsonl": (b"", "it is empty"),
+    "blank.jsonl": (b'{"text": " "}\n', "it is empty"),
+    "binary.txt": (BINARY, "not UTF-8 text but binary"),
+    "zeros.md": (b"\0" * 64, "not UTF-8 text but binary"),
+    "binary.jsonl": (BINARY, "not UTF-8 text but binary"),
+    "latin1.jsonl": ('{"text": "café"}\n'.encode("latin-1"), "not UTF-8 text"),
+    "latin1.txt": ("café".encode("latin-1"), "not UTF-8 text"),
+    "broken.jsonl": (b'{"text": "one"}\n\n{"text": two}\n', r"broken JSON \(line 3: Expecting value at character 10\)"),
+    "cut.jsonl": (b'{"text": "one"}\n{"text": "tw', r"broken JSON \(line 2: Unterminated string"),
+    "cut.json": (b'[{"text": "one"}, {"te', r"broken JSON \("),
+    "strings.jsonl": (b'"one"\n"two"\n', r'must be one object, such as \{"text": "…"\}'),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "one"}\n' * 100)[:-12], "ended before"),
+    "not.txt.gz": (b"plain", "it cannot be read"),
+    "damaged.parquet": (b"PAR1 nothing", "damaged, or not Parquet"),
+    "paper.pdf": (b"%PDF", r"a \.pdf is not text\. Prunus reads \.jsonl"),
+    "numbers.json": (b'{"a": 1}', "no column 'text' that holds text. Columns: a"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_files_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    content, message = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadData, match=rf"{name}: .*{message}"):
+        list(documents(str(tmp_path / name)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_line_broken_far_behind_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    file.write_text(('{"text": "' + "x" * 10_000 + '"}\n') * 1200 + "{broken\n")  # beyond the first 10 MB
+    with pytest.raises(BadData, match=r"line 1201: "):
+        list(documents(str(file)))
+
+
+def test_a_folder_without_text(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(BadData, match=r"no readable file in this folder\. Prunus reads .*\.gz or \.zst"):
+        documents(str(tmp_path))
+
+
+def test_the_split_follows_the_content() -> None:
+    docs = [f"document number {number}" for number in range(4000)]
+    train, heldout = split_documents(docs, held_out_share=0.05)
+    assert len(heldout) == pytest.approx(200, abs=50)
+    assert sorted(train + heldout) == sorted(docs)
+    more_train, more_heldout = split_documents(["something new", *reversed(docs)], held_out_share=0.05)
+    assert set(train) <= set(more_train)
+    assert set(heldout) <= set(more_heldout)
+    assert [document for document in docs if is_held_out(document, share=0.05)] == heldout
+    assert not any(is_held_out(document, share=0.0) for document in docs)
+    assert all(is_held_out(document, share=1.0) for document in docs)
