@@ -4,15 +4,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import prunus as pr
+from prunus import cli
 from prunus.checkpoint import Checkpoint
 from prunus.families import known_families
 
@@ -66,6 +70,42 @@ def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
     return pr.load(folder)
 
 
+WORDS = ("the a cat dog tree house river sees likes finds old red small big quickly slowly and or in on under").split(
+    " "
+)
+
+
+def make_text(file: Path, documents: int, *, seed: int) -> Path:
+    """JSONL of random sentences over a few words."""
+    generator = random.Random(seed)
+    lines = (" ".join(generator.choices(WORDS, k=generator.randrange(20, 60))) for _ in range(documents))
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A small byte-level BPE tokenizer whose ids fit the tiny models' vocabulary."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=SIZES["vocab_size"], special_tokens=["<unk>", "<s>", "</s>"])
+    raw.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama and its tokenizer: what a user would bring."""
+    folder = tmp_path_factory.mktemp("whole")
+    tiny_model("llama", folder, vocab_size=SIZES["vocab_size"])
+    add_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("corpus") / "text.jsonl", 400, seed=0)
+
+
 @pytest.fixture(scope="session", params=known_families())
 def family_name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -85,3 +125,27 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def blocks() -> RandomBlocks:
     generator = torch.Generator().manual_seed(1)
     return RandomBlocks(torch.randint(0, SIZES["vocab_size"], (6, 24), generator=generator))
+
+
+@dataclass
+class Invoked:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def invoke(capsys, monkeypatch):
+    """Run the command line in this process, as the console script would."""
+
+    def run(*arguments: str) -> Invoked:
+        monkeypatch.setattr("sys.argv", ["prunus", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Invoked(code, captured.out, captured.err)
+
+    return run

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from prunus.documents import documents, is_held_out, split_documents
+from prunus.documents import documents, is_held_out, shuffled
 from prunus.errors import BadData
 
 PROSE = ["the cat sat on the mat", "a dog ran after the cat", "the mat lay on the floor, where the dog slept"]
@@ -165,12 +165,17 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
 
 def test_the_split_follows_the_content() -> None:
     docs = [f"document number {number}" for number in range(4000)]
-    train, heldout = split_documents(docs, held_out_share=0.05)
+    heldout = [document for document in docs if is_held_out(document, share=0.05)]
     assert len(heldout) == pytest.approx(200, abs=50)
-    assert sorted(train + heldout) == sorted(docs)
-    more_train, more_heldout = split_documents(["something new", *reversed(docs)], held_out_share=0.05)
-    assert set(train) <= set(more_train)
-    assert set(heldout) <= set(more_heldout)
-    assert [document for document in docs if is_held_out(document, share=0.05)] == heldout
+    assert [document for document in reversed(docs) if is_held_out(document, share=0.05)] == heldout[::-1]
     assert not any(is_held_out(document, share=0.0) for document in docs)
     assert all(is_held_out(document, share=1.0) for document in docs)
+
+
+def test_shuffling_keeps_every_document_and_repeats_itself() -> None:
+    docs = [str(number) for number in range(300)]
+    found = list(shuffled(docs, seed=0, buffer=50))
+    assert found != docs
+    assert sorted(found) == sorted(docs)
+    assert found == list(shuffled(docs, seed=0, buffer=50))
+    assert found != list(shuffled(docs, seed=1, buffer=50))

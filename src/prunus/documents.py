@@ -83,14 +83,6 @@ def shuffled(docs: Iterable[str], *, seed: int, buffer: int = 10_000) -> Iterato
     yield from held
 
 
-def split_documents(docs: Iterable[str], *, held_out_share: float = 0.05) -> tuple[list[str], list[str]]:
-    """Train and held-out documents as lists in memory; for a large corpus filter by `is_held_out` instead."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    for document in docs:
-        parts[is_held_out(document, share=held_out_share)].append(document)
-    return parts
-
-
 def _reader(file: Path) -> str | None:
     name = Path(file.stem) if file.suffix in OPENERS else file
     return READERS.get(name.suffix.lower())

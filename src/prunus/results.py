@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import prunus
 from prunus import console, cost, hardware
 from prunus.architecture import Architecture
-from prunus.budget import Budget
+from prunus.budget import MEMORY_CONTEXT, Budget
 from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, qualities, samples, speed
@@ -46,6 +46,7 @@ def searched(found: Search, budget: Budget) -> dict[str, Any]:
     return {
         "budget": {
             "text": budget.text,
+            "unit": "bytes" if budget.bytes_per_value else "parameters",
             "target": budget.target,
             "planned": budget.cost(best),
             "planned_parameters": found.best.parameters,
@@ -63,6 +64,7 @@ def explicit(teacher: Checkpoint, target: Architecture) -> dict[str, Any]:
     return {
         "budget": {
             "text": f"arch {target}",
+            "unit": "parameters",
             "target": parameters,
             "planned": parameters,
             "planned_parameters": parameters,
@@ -153,7 +155,7 @@ def collect(run: Run) -> dict[str, Any]:
         "recipe": run.recipe.model_dump(mode="json"),
         "teacher": model_facts(run.teacher),
         "student": model_facts(student) if student else None,
-        "budget": searched and searched["budget"] | {"counted": student and student.parameters},
+        "budget": searched and searched["budget"] | {"counted": student and _counted(student, searched["budget"]["unit"])},
         "text": {name: _text(blocks) for name, blocks in _texts(run).items()},
         "scores": _scores(run) if run.finished("score") else None,
         "kept": _kept(run) if run.finished("prune") else None,
@@ -162,7 +164,7 @@ def collect(run: Run) -> dict[str, Any]:
         "training": training,
         "samples": evaluation.get("samples", []),
         "stages": [{"name": name, "seconds": entry["seconds"]} for name, entry in run.log["stages"].items()],
-        "warnings": [searched["budget"]["note"]] if searched and searched["budget"]["note"] else [],
+        "warnings": [],
     }
 
 
@@ -215,6 +217,14 @@ def show(run: Run) -> None:
     out.print(f"Wrote {run.path(last)}")
 
 
+def _counted(student: Checkpoint, unit: str) -> int:
+    """What the written student costs, in the unit of its budget; from its own tensors."""
+    if unit == "parameters":
+        return student.parameters
+    per_token = cost.kv_bytes_per_token(student.architecture, bytes_per_value=student.dtype.itemsize)
+    return student.parameters * student.dtype.itemsize + MEMORY_CONTEXT * per_token
+
+
 def _texts(run: Run) -> dict[str, Blocks]:
     if not run.finished("text"):
         return {}
@@ -238,7 +248,6 @@ def _scores(run: Run) -> dict[str, Any]:
         "hidden": scores["hidden"].tolist(),
         "ffn": {"quantiles": torch.quantile(scores["ffn"], levels, dim=1).T.tolist()},
         "heads": scores["heads"].tolist(),
-        "kv_heads": scores["kv_heads"].tolist(),
     }
 
 
@@ -248,7 +257,6 @@ def _kept(run: Run) -> dict[str, Any]:
         "layers": kept["layers"],
         "hidden": kept["hidden"],
         "heads": kept["heads"],
-        "ffn_share": [len(neurons) / run.teacher.architecture.ffn for neurons in kept["ffn"]],
     }
 
 

@@ -191,7 +191,7 @@ def _within_noise(before: Mapping[str, float], after: Mapping[str, float]) -> bo
 
 def _budget_cautions(budget: Report) -> Iterator[str]:
     target, counted = budget.get("target"), budget.get("counted")
-    if target is not None and counted is not None and counted > target:
+    if target is not None and counted is not None and counted > 1.01 * target:
         yield f"The budget ({budget['text']}) was missed: {counted:,.0f} counted, {target:,.0f} allowed."
 
 

