@@ -70,9 +70,8 @@ def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
     return pr.load(folder)
 
 
-WORDS = ("the a cat dog tree house river sees likes finds old red small big quickly slowly and or in on under").split(
-    " "
-)
+SENTENCE = "the a cat dog tree house river sees likes finds old red small big quickly slowly and or in on under"
+WORDS = SENTENCE.split(" ")
 
 
 def make_text(file: Path, documents: int, *, seed: int) -> Path:

@@ -155,7 +155,7 @@ def collect(run: Run) -> dict[str, Any]:
         "recipe": run.recipe.model_dump(mode="json"),
         "teacher": model_facts(run.teacher),
         "student": model_facts(student) if student else None,
-        "budget": searched and searched["budget"] | {"counted": student and _counted(student, searched["budget"]["unit"])},
+        "budget": searched and _budget(searched["budget"], student),
         "text": {name: _text(blocks) for name, blocks in _texts(run).items()},
         "scores": _scores(run) if run.finished("score") else None,
         "kept": _kept(run) if run.finished("prune") else None,
@@ -217,12 +217,14 @@ def show(run: Run) -> None:
     out.print(f"Wrote {run.path(last)}")
 
 
-def _counted(student: Checkpoint, unit: str) -> int:
-    """What the written student costs, in the unit of its budget; from its own tensors."""
-    if unit == "parameters":
-        return student.parameters
+def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any]:
+    """The budget with what the written student costs, in the same unit, from its own tensors."""
+    if student is None:
+        return budget
+    if budget["unit"] == "parameters":
+        return budget | {"counted": student.parameters}
     per_token = cost.kv_bytes_per_token(student.architecture, bytes_per_value=student.dtype.itemsize)
-    return student.parameters * student.dtype.itemsize + MEMORY_CONTEXT * per_token
+    return budget | {"counted": student.parameters * student.dtype.itemsize + MEMORY_CONTEXT * per_token}
 
 
 def _texts(run: Run) -> dict[str, Blocks]:
