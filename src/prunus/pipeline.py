@@ -7,12 +7,13 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, importance, measure, results, text
-from prunus import distill as training
+from prunus import architecture, console, cost, importance, results, text
 from prunus.budget import parse_budget
 from prunus.checkpoint import atomic_file
+from prunus.distill import Progress, Settings, distill
 from prunus.documents import documents, is_held_out, shuffled
 from prunus.errors import BadRecipe
+from prunus.measure import measure, save_statistics, with_leave_one_out
 from prunus.prune import prune
 from prunus.recipe import STAGES, Data, Recipe
 from prunus.report import model_card, write_report
@@ -89,11 +90,11 @@ def _measure(run: Run) -> None:
     options = run.recipe.measure
     model = run.teacher.module()
     with console.bar("layers", unit="layers") as step:
-        statistics = measure.measure(run.teacher, run.calibration, model=model, grams=options.grams, progress=step)
+        statistics = measure(run.teacher, run.calibration, model=model, grams=options.grams, progress=step)
     if options.leave_one_out:
         with console.bar("leaving one out", unit="layers") as step:
-            statistics = measure.with_leave_one_out(run.teacher, statistics, run.validation, model=model, progress=step)
-    measure.save_statistics(statistics, run.path("measure"))
+            statistics = with_leave_one_out(run.teacher, statistics, run.validation, model=model, progress=step)
+    save_statistics(statistics, run.path("measure"))
 
 
 def _score(run: Run) -> None:
@@ -146,7 +147,7 @@ def _prune(run: Run) -> None:
 
 def _distill(run: Run) -> None:
     """Train the student on its teacher; with `baseline` also its shape from random weights."""
-    settings = training.Settings(**run.recipe.distill.model_dump())
+    settings = Settings(**run.recipe.distill.hyperparameters())
     # The result, and float32 weights with Adam's two moments while it is under way.
     run.require_space(run.pruned.bytes + 12 * run.pruned.parameters, "distillation")
     starts = {run.path("distill"): False} | ({run.root / BASELINE: True} if run.recipe.baseline else {})
@@ -154,18 +155,19 @@ def _distill(run: Run) -> None:
         if to.exists():
             continue
         with console.bar("random init" if random_init else "student", unit="tokens") as step:
-            training.distill(
+            distill(
                 run.pruned,
                 run.teacher,
                 run.train,
                 to=to,
                 settings=settings,
+                checkpoint_seconds=run.recipe.distill.checkpoint_seconds,
                 random_init=random_init,
                 progress=partial(_show_step, step),
             )
 
 
-def _show_step(step: Callable[..., None], at: training.Progress) -> None:
+def _show_step(step: Callable[..., None], at: Progress) -> None:
     step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}")
 
 

@@ -8,11 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prunus import cost, distill, hardware
+from prunus import cost, hardware
 from prunus.architecture import Architecture, parse
 from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.console import duration
+from prunus.distill import Settings
+from prunus.distill import plan as plan_training
 from prunus.errors import BadRecipe, BudgetUnreachable
 from prunus.recipe import Recipe
 from prunus.run import OUTPUTS
@@ -40,8 +42,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         target, count, target_cost = _most_similar(teacher.architecture, found), len(found), budget.target
     if recipe.distill.tokens is None:
         raise BadRecipe("plan: the time depends on the amount of text; give --tokens")
-    schedule = distill.plan(
-        distill.Settings(**recipe.distill.model_dump()),
+    schedule = plan_training(
+        Settings(**recipe.distill.hyperparameters()),
         hidden=target.hidden,
         num_blocks=recipe.distill.tokens // recipe.data.block_size,
         block_size=recipe.data.block_size,

@@ -114,6 +114,11 @@ class Distill(Section):
     clip: float = Field(1.0, gt=0)
     temperature: float = Field(1.0, gt=0)
     seed: int = 0
+    checkpoint_seconds: float = Field(120.0, ge=0, description="between checkpoints: what a killed run loses at most")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Arguments of `prunus.distill.Settings`: all that the weights depend on."""
+        return self.model_dump(exclude={"checkpoint_seconds"})
 
 
 class LocalTask(Section):

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from prunus import console, hardware
-from prunus import distill as training
 from prunus.budget import parse_quantity
 from prunus.checkpoint import Checkpoint, load, verify_weights
+from prunus.distill import Settings
+from prunus.distill import distill as train
 from prunus.documents import documents, shuffled
 from prunus.errors import BadCheckpoint, BadOutput
 from prunus.evaluate import quality, speed
@@ -38,12 +39,13 @@ def distill(
         raise BadCheckpoint(f"student and teacher have vocabularies of {sizes}; distillation needs the same tokens")
     with tempfile.TemporaryDirectory() as folder, console.bar("student", unit="tokens") as step:
         blocks = _blocks(data, source, options.tokens, Path(folder))
-        written = training.distill(
+        written = train(
             learner,
             source,
             blocks,
             to=to,
-            settings=training.Settings(**options.model_dump()),
+            settings=Settings(**options.hyperparameters()),
+            checkpoint_seconds=options.checkpoint_seconds,
             progress=lambda at: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
         )
     return written.folder

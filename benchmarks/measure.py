@@ -1,0 +1,86 @@
+"""What measuring costs beside a plain forward pass of the same tokens, in one run.
+
+Usage: python benchmarks/measure.py MODEL [--blocks 16]
+Plain is transformers' own forward with labels (what a perplexity costs). Turns are taken A B A B; medians and ratios.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+import prunus as pr
+from prunus import hardware, text
+from prunus.measure import leave_one_out, measure
+
+ROUNDS = 3
+BATCH_BLOCKS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--blocks", type=int, default=16)
+    options = parser.parse_args()
+    hardware.keep_freed_memory()
+    teacher = pr.load(options.model)
+    model = teacher.module()
+    words = random.Random(0).choices(Path(__file__).read_text().split(), k=options.blocks * 600)
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = text.tokenise(
+            [" ".join(words)], teacher.tokenizer(), block_size=512, to=Path(folder) / "text", label="words"
+        ).head(options.blocks)
+
+        one_pass = timed(
+            {
+                "plain forward": lambda: plain(model, blocks),
+                "measure": lambda: measure(teacher, blocks, model=model),
+                "measure with Gram matrices": lambda: measure(teacher, blocks, model=model, grams=True),
+            }
+        )
+        show(one_pass, blocks.num_tokens, limit={"measure": 1.15, "measure with Gram matrices": 1.7})
+        few, layers = blocks.head(BATCH_BLOCKS), teacher.architecture.layers
+        alone = timed(
+            {
+                "plain forward": lambda: plain(model, few),
+                "leave one out": lambda: leave_one_out(teacher, few, model=model),
+            }
+        )
+        share = alone["leave one out"] / alone["plain forward"] / layers
+        print(f"leave-one-out of {layers} layers: {share:.2f} · {layers} forwards (limit 0.60)")
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, blocks: text.Blocks) -> None:
+    for start in range(0, len(blocks), BATCH_BLOCKS):
+        tokens, _ = blocks.batch(list(range(start, min(start + BATCH_BLOCKS, len(blocks)))))
+        model(input_ids=tokens, labels=tokens, use_cache=False)
+
+
+def timed(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each, in turns after a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(ROUNDS + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def show(seconds: dict[str, float], tokens: int, *, limit: dict[str, float]) -> None:
+    base = seconds["plain forward"]
+    for name, value in seconds.items():
+        bound = f" (limit {limit[name]})" if name in limit else ""
+        print(f"{name:28} {tokens / value:7.0f} tokens/s   {value / base:.2f} × plain{bound}")
+
+
+if __name__ == "__main__":
+    main()

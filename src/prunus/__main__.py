@@ -1,0 +1,3 @@
+from prunus.cli import main
+
+main()

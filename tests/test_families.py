@@ -1,0 +1,99 @@
+"""The families' data against what transformers really builds."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import prunus as pr
+from prunus import architecture, cost
+from prunus.errors import BadRecipe, UnsupportedModel
+from prunus.families import family_of, known_families
+from prunus.families.family import UNITS
+
+
+def test_counted_parameters_are_the_real_ones(teacher):
+    model = teacher.module()
+    assert teacher.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(cost.parameters_by_group(teacher.family, teacher.layout, teacher.architecture).values()) == (
+        teacher.parameters
+    )
+
+
+def test_every_parameter_has_a_rule_and_every_rule_a_known_unit(teacher):
+    assert all(teacher.family.units(name) for name, _ in teacher.module().named_parameters())
+    assert {unit for units in teacher.layout.values() for unit in units} <= set(UNITS)
+
+
+def test_reads_and_writes_agree_with_the_tensor_parallel_plan(teacher):
+    """transformers says which projections split their outputs (colwise) and which their inputs (rowwise)."""
+    plan = {name.split(".*.")[-1]: kind for name, kind in teacher.config.base_model_tp_plan.items()}
+    for branch in teacher.family.branches:
+        assert all(plan[name].startswith("colwise") for name in branch.reads)
+        assert plan[branch.write].startswith("rowwise")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "legal"), [({"hidden": 40}, False), ({"hidden": 42}, True), ({"heads": 4, "kv_heads": 2}, True)]
+)
+def test_legality_is_what_the_config_class_says(teacher, sizes, legal):
+    target = teacher.architecture.replace(**sizes)
+    config = architecture.to_config(
+        teacher.config.to_dict(), target, fields=teacher.family.fields, kept_layers=range(target.layers)
+    )
+
+    def accepted() -> bool:
+        try:
+            AutoModelForCausalLM.from_config(type(teacher.config).from_dict(config))
+        except StrictDataclassError:
+            return False
+        return True
+
+    strict = "heads_divide_hidden" in teacher.family.constraints
+    assert (not teacher.family.illegal(target)) == (legal or not strict)
+    assert accepted() or teacher.family.illegal(target)
+
+
+def test_per_layer_fields_follow_the_kept_layers(teacher):
+    config = teacher.config.to_dict()
+    cut = architecture.to_config(
+        config,
+        teacher.architecture.replace(layers=2),
+        fields=teacher.family.fields,
+        kept_layers=[1, 3],
+        per_layer_fields=teacher.family.per_layer_fields,
+        layer_count_fields=teacher.family.layer_count_fields,
+    )
+    for key in teacher.family.per_layer_fields:
+        assert cut[key] == [config[key][1], config[key][3]]
+    for key in teacher.family.layer_count_fields:
+        assert cut[key] == sum(layer < config[key] for layer in (1, 3))
+    assert type(teacher.config).from_dict(cut).num_hidden_layers == 2
+
+
+def test_old_configs_mean_hidden_by_heads():
+    fields = family_of("llama").fields
+    config = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=4).to_dict() | {"head_dim": None}
+    assert architecture.from_config(config, fields).head_dim == 16
+
+
+def test_unknown_family_names_the_known_ones():
+    with pytest.raises(UnsupportedModel, match=", ".join(known_families())):
+        family_of("gpt2")
+
+
+def test_arch_text_lists_all_mistakes_at_once(llama):
+    with pytest.raises(BadRecipe) as error:
+        architecture.parse("hiden=40,ffn=x,layers=99", llama.architecture)
+    assert "did you mean 'hidden'" in str(error.value)
+    assert "whole number" in str(error.value)
+    assert "larger than the teacher" in str(error.value)
+    assert architecture.parse("ffn=24", llama.architecture) == llama.architecture.replace(ffn=24)
+
+
+def test_flops_of_a_llama_by_hand(llama):
+    a = llama.architecture
+    attention = 2 * a.heads * a.head_dim * a.hidden + 2 * a.kv_heads * a.head_dim * a.hidden
+    by_hand = a.layers * (attention + 3 * a.hidden * a.ffn) + a.vocab * a.hidden
+    assert cost.flops_per_token(llama.family, llama.layout, a) == 2 * by_hand
+    assert cost.kv_bytes_per_token(a) == 2 * a.layers * a.kv_heads * a.head_dim * 2
+    assert pr.load(llama.folder).fingerprint == llama.fingerprint

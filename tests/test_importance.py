@@ -1,0 +1,111 @@
+"""Scores by hand, and their invariances."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import RandomBlocks
+
+from prunus.errors import BadRecipe
+from prunus.importance import AGGREGATIONS, TABLE, aggregate, score
+from prunus.measure import measure, with_leave_one_out
+from prunus.scores import load_scores, save_scores
+
+
+def test_aggregations_by_hand():
+    """Two blocks whose reductions over tokens are 3 and 4 (mean), 1 and 2 (l2), 0 and 5 (var)."""
+    per_block = torch.tensor([[3.0, 4.0], [1.0, 2.0], [0.0, 5.0]])
+    sums = torch.stack([per_block.sum(1), per_block.square().sum(1)], dim=1).view(3, 2, 1, 1)
+    expected = {
+        "mean:mean": 3.5, "l2:mean": 5.0, "var:mean": 0.25,
+        "mean:l2": 1.5, "l2:l2": 5**0.5, "var:l2": 0.25,
+        "mean:var": 2.5, "l2:var": 5.0, "var:var": 6.25,
+    }  # fmt: skip
+    assert set(expected) == set(AGGREGATIONS)
+    for aggregation, value in expected.items():
+        assert float(aggregate(sums, 2, aggregation)) == pytest.approx(value)
+
+
+@pytest.fixture(scope="module")
+def statistics(llama, blocks):
+    return with_leave_one_out(llama, measure(llama, blocks, grams=True), blocks)
+
+
+@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, table in TABLE.items() for name in table])
+def test_every_score_has_the_shape_of_its_axis(llama, statistics, axis, name):
+    sizes = llama.architecture
+    shapes = {
+        "layers": (sizes.layers,),
+        "hidden": (sizes.hidden,),
+        "ffn": (sizes.layers, sizes.ffn),
+        "heads": (sizes.layers, sizes.heads),
+        "kv_heads": (sizes.layers, sizes.kv_heads),
+    }
+    scores = score(statistics, **{axis: name})
+    assert scores[axis].shape == shapes[axis]
+    assert torch.isfinite(scores[axis]).all()
+    assert scores.provenance[f"score/{axis}"] == name
+    assert scores.provenance["tokens"] == "144"
+
+
+def test_every_score_follows_a_permutation_of_the_neurons(llama, blocks, tmp_path):
+    model = llama.module()
+    order = torch.randperm(llama.architecture.ffn, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                projection.weight.copy_(projection.weight[order])
+            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
+    model.save_pretrained(tmp_path)
+    permuted_teacher = type(llama)(**{**vars_of(llama), "folder": tmp_path, "files": moved(llama, tmp_path)})
+    for name in ("activation", "preactivation", "reconstruction", "magnitude"):
+        original = score(measure(llama, blocks, grams=True), ffn=name)["ffn"]
+        permuted = score(measure(permuted_teacher, blocks, grams=True), ffn=name)["ffn"]
+        torch.testing.assert_close(permuted, original[:, order], rtol=1e-3, atol=1e-4)
+
+
+def vars_of(checkpoint):
+    return {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+
+
+def moved(checkpoint, folder):
+    return {name: folder / path.name for name, path in checkpoint.files.items()}
+
+
+def test_reconstruction_is_the_error_of_leaving_a_neuron_out(llama):
+    """For one linear map the score is exact: refit the others by least squares and compare."""
+    generator = torch.Generator().manual_seed(3)
+    from prunus.measure import inverse_diagonal
+
+    h_NF, w_OF = torch.randn(500, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    gram_FF = h_NF.T @ h_NF / len(h_NF)
+    predicted = w_OF.square().sum(0) / inverse_diagonal(gram_FF, damping=1e-9)
+    for neuron, others in ((i, [j for j in range(6) if j != i]) for i in range(6)):
+        refit = torch.linalg.lstsq(h_NF[:, others], h_NF @ w_OF.T).solution
+        error = (h_NF @ w_OF.T - h_NF[:, others] @ refit).square().sum() / len(h_NF)
+        assert float(predicted[neuron]) == pytest.approx(float(error), rel=1e-3)
+
+
+def test_scores_that_need_more_say_so(llama, blocks):
+    plain = measure(llama, blocks)
+    with pytest.raises(BadRecipe, match=r"measure.grams"):
+        score(plain, ffn="reconstruction")
+    with pytest.raises(BadRecipe, match=r"measure.leave_one_out"):
+        score(plain, layers="leave_one_out")
+    with pytest.raises(BadRecipe, match="activation"):
+        score(plain, ffn="activatoin")
+
+
+def test_scores_survive_the_disk(llama, blocks, tmp_path):
+    scores = score(measure(llama, blocks))
+    save_scores(scores, tmp_path / "scores.safetensors")
+    loaded = load_scores(tmp_path / "scores.safetensors")
+    assert all(torch.equal(loaded[axis], scores[axis]) for axis in TABLE)
+    assert loaded.provenance == scores.provenance
+
+
+def test_scores_do_not_depend_on_the_order_of_the_blocks(llama, blocks):
+    reversed_blocks = RandomBlocks(blocks.tokens_NS.flip(0))
+    for axis, aggregation in itertools.product(("ffn", "heads", "hidden"), ("l2:mean", "var:l2")):
+        a, b = (score(measure(llama, part), aggregation=aggregation)[axis] for part in (blocks, reversed_blocks))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

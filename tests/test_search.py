@@ -1,0 +1,104 @@
+"""Budgets, legal architectures, and the order of candidates."""
+
+import pytest
+from conftest import tiny_model
+
+from prunus import cost
+from prunus.budget import MEMORY_CONTEXT, parse_budget, parse_quantity
+from prunus.errors import BadRecipe, BudgetUnreachable
+from prunus.importance import score
+from prunus.measure import measure
+from prunus.search import legal_architectures, lost_share, search
+from prunus.selection import illegal_cut
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("200k", 200_000), ("95M", 95e6), ("1.5B", 1.5e9), ("180MB", 180e6), ("1GiB", 2**30), ("7", 7)]
+)
+def test_quantities(text, value):
+    assert parse_quantity(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "12q", "1.2.3", "-5", "0.7x"])
+def test_quantities_that_are_none(text):
+    with pytest.raises(ValueError, match="not a quantity"):
+        parse_quantity(text)
+
+
+def test_every_proposal_is_legal_and_within_the_tolerance(teacher):
+    budget = parse_budget(teacher, params="0.7x")
+    found = legal_architectures(teacher.family, teacher.architecture, budget)
+    assert len(found) > 10
+    assert len(set(found)) == len(found)
+    for target in found:
+        assert not illegal_cut(teacher.family, teacher.architecture, target)
+        assert abs(cost.parameters(teacher.family, teacher.layout, target) / budget.target - 1) <= 0.01
+
+
+def test_memory_counts_weights_and_cache(llama):
+    budget = parse_budget(llama, memory="0.7x")
+    a = llama.architecture
+    cache = 2 * a.layers * a.kv_heads * a.head_dim * 4 * MEMORY_CONTEXT
+    assert budget.cost(a) == llama.parameters * 4 + cache
+    assert budget.target == round(0.7 * (llama.parameters * 4 + cache))
+
+
+def test_a_budget_that_nothing_meets_gives_the_nearest_and_says_so(tmp_path, blocks):
+    lumpy = tiny_model("llama", tmp_path, intermediate_size=1, num_hidden_layers=1, num_attention_heads=3,
+                       num_key_value_heads=3, hidden_size=24)  # fmt: skip
+    found = search(lumpy, score(measure(lumpy, blocks)), parse_budget(lumpy, params="0.93x"))
+    assert len(found.candidates) == 1
+    assert "no legal architecture lies within 1%" in found.note
+
+
+def test_a_budget_below_the_smallest_legal_model_is_refused(llama):
+    with pytest.raises(BudgetUnreachable, match="smallest legal model"):
+        legal_architectures(llama.family, llama.architecture, parse_budget(llama, params="0.001x"))
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({}, "give a budget"),
+        ({"params": "1.2x"}, "only removes"),
+        ({"params": "many"}, "0.7x"),
+        ({"params": "0"}, "only"),
+    ],
+)
+def test_budgets_that_make_no_sense(llama, budget, reason):
+    with pytest.raises(BadRecipe, match=reason):
+        parse_budget(llama, **budget)
+
+
+def test_lost_share_is_zero_for_all_and_grows_with_the_cut(llama, blocks):
+    scores, whole = score(measure(llama, blocks)), llama.architecture
+    assert set(lost_share(scores, whole, whole).values()) == {0.0}
+    for axis, sizes in {"layers": (3, 2), "hidden": (42, 24), "ffn": (30, 10), "heads": (3, 3)}.items():
+        shares = [lost_share(scores, whole, whole.replace(**{axis: size}))[axis] for size in sizes]
+        assert 0 < shares[0] <= shares[1] < 1
+
+
+def test_candidates_are_measured_and_the_best_comes_first(llama, corpus, tmp_path):
+    from conftest import add_tokenizer
+    from transformers import AutoTokenizer
+
+    from prunus.documents import documents
+    from prunus.text import tokenise
+
+    add_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = tokenise(documents(str(corpus)), tokenizer, block_size=32, to=tmp_path / "text", label="test")
+    scores = score(measure(llama, text.head(16)))
+    found = search(
+        llama,
+        scores,
+        parse_budget(llama, params="0.8x"),
+        calibration=text.head(16),
+        heldout=text.select(range(16, 32)),
+        candidates=3,
+        probe_blocks=8,
+    )
+    losses = [candidate.measured.loss for candidate in found.candidates[:3]]
+    assert losses == sorted(losses)
+    assert all(candidate.measured is None for candidate in found.candidates[3:])
+    assert set(found.probes) == {"layers", "hidden", "ffn", "heads"}
