@@ -87,11 +87,11 @@ def test_reconstruction_is_the_error_of_leaving_a_neuron_out(llama):
 
 
 def test_scores_that_need_more_say_so(llama, blocks):
-    plain = measure(llama, blocks)
+    plain = measure(llama, blocks, grams=False)
     with pytest.raises(BadRecipe, match=r"measure.grams"):
         score(plain, ffn="reconstruction")
     with pytest.raises(BadRecipe, match=r"measure.leave_one_out"):
-        score(plain, layers="leave_one_out")
+        score(plain, ffn="activation", layers="leave_one_out")
     with pytest.raises(BadRecipe, match="activation"):
         score(plain, ffn="activatoin")
 

@@ -1,12 +1,12 @@
 """Turn a pretrained language model into smaller ones: prune its structure, then distil from the original.
 
-    import prunus as pr
-    teacher = pr.load("HuggingFaceTB/SmolLM2-135M")
-    blocks  = pr.tokenise(pr.documents("text/"), teacher.tokenizer(), block_size=512, to="blocks", label="text")
-    scores  = pr.score(pr.measure(teacher, blocks))
-    best    = pr.search(teacher, scores, pr.parse_budget(teacher, params="0.7x")).best
-    student = pr.prune(teacher, scores, best.architecture, to="3-pruned", calibration=blocks)
-    student = pr.distill(student, teacher, blocks, to="4-distilled")
+import prunus as pr
+teacher = pr.load("HuggingFaceTB/SmolLM2-135M")
+blocks  = pr.tokenise(pr.documents("text/"), teacher.tokenizer(), block_size=512, to="blocks", label="text")
+scores  = pr.score(pr.measure(teacher, blocks))
+best    = pr.search(teacher, scores, pr.parse_budget(teacher, params="0.7x")).best
+student = pr.prune(teacher, scores, best.architecture, to="3-pruned", calibration=blocks)
+student = pr.distill(student, teacher, blocks, to="4-distilled")
 """
 
 from __future__ import annotations

@@ -59,6 +59,19 @@ def parse_share(text: str) -> float | None:
     return float(match[1]) if match else None
 
 
+def check_amount(text: str) -> str:
+    """The text, if it is a share such as `0.7x` or a quantity such as `95M`. Raises ValueError."""
+    if parse_share(text) is not None:
+        return text
+    try:
+        number = parse_quantity(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor a share of the teacher such as 0.7x") from error
+    if number < 1:
+        raise ValueError(f"{text!r} is less than one; did you mean {text.strip()}x, a share of the teacher?")
+    return text
+
+
 def parse_budget(teacher: Checkpoint, *, params: str | None = None, memory: str | None = None) -> Budget:
     """A budget from `0.7x`, `95M` (parameters) or `180MB` (memory).
 
@@ -71,11 +84,11 @@ def parse_budget(teacher: Checkpoint, *, params: str | None = None, memory: str 
     bytes_per_value = 0 if kind == "params" else teacher.dtype.itemsize
     budget = Budget(f"{kind} {text}", 0, cost.shape_counts(teacher.family, teacher.layout), bytes_per_value)
     whole = budget.cost(teacher.architecture)
-    share = parse_share(text)
     try:
-        target = round(share * whole) if share is not None else round(parse_quantity(text))
+        share = parse_share(check_amount(text))
     except ValueError as error:
-        raise BadRecipe(f"{kind}: {error}; or a share of the teacher such as 0.7x") from error
+        raise BadRecipe(f"{kind}: {error}") from error
+    target = round(share * whole if share is not None else parse_quantity(text))
     if not 0 < target <= whole:
         raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {whole:,}; pruning only removes")
     return Budget(budget.text, target, budget.shapes, bytes_per_value)

@@ -6,10 +6,11 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,14 @@ class Checkpoint:
         return hardware.place(model, device=device).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.folder)
+        try:
+            with _quiet():
+                return AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:  # missing files and damaged ones each raise their own
+            raise BadCheckpoint(
+                f"{self.name}: its tokenizer cannot be read ({str(error).splitlines()[0]}). "
+                "Put tokenizer.json and tokenizer_config.json into the folder."
+            ) from error
 
 
 def load(model: str | Path, *, cache: Path | None = None) -> Checkpoint:
@@ -234,17 +242,16 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     try:
         raw = json.loads((folder / "config.json").read_text())
         family = family_of(raw.get("model_type", ""))
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder)
+    except (ValueError, AttributeError, OSError) as error:
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {error}") from error
     files, shapes = _tensor_files(folder, name)
     if config.tie_word_embeddings:
         files.pop(f"{family.head}.weight", None)
     architecture = from_config(config.to_dict(), family.fields)
     _check_rules(name, family, architecture, {tensor: shapes[tensor] for tensor in files})
-    tied = config.tie_word_embeddings or f"{family.head}.weight" in files
-    if not tied:
-        raise BadCheckpoint(f"{name}: {family.head}.weight is missing and the config does not tie it to the embedding")
+    _check_complete(name, family, architecture, files, tied=config.tie_word_embeddings)
     return Checkpoint(folder, name, config, family, architecture, files, cost.layout(family, files))
 
 
@@ -260,7 +267,10 @@ def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, t
             )
         raise BadCheckpoint(f"{name}: no .safetensors file in {folder}; the download may be incomplete")
     if (folder / INDEX).is_file():
-        wanted = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        try:
+            wanted = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        except (ValueError, LookupError, TypeError) as error:
+            raise BadCheckpoint(f"{name}: {INDEX} is damaged ({error}); download it again") from error
         missing = sorted(wanted - {path.name for path in paths})
         if missing:
             raise BadCheckpoint(f"{name}: {', '.join(missing)} missing though the index names it; download it again")
@@ -280,7 +290,7 @@ def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, t
 
 
 def _check_rules(name: str, family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Every tensor is covered by a rule, has the shape that the config says, and no layer lacks one."""
+    """Every tensor is covered by a rule and has the shape that the config says."""
     uncovered = [tensor for tensor in shapes if family.units(tensor) is None]
     if uncovered:
         raise UnsupportedModel(
@@ -295,14 +305,28 @@ def _check_rules(name: str, family: Family, architecture: Architecture, shapes: 
     if wrong:
         tensor, shape = next(iter(wrong.items()))
         raise BadCheckpoint(f"{name}: {tensor} has shape {list(shape)}, which config.json ({architecture}) contradicts")
-    by_layer: dict[int | None, set[str]] = {}
-    for layer, tensor in map(family.split, shapes):
-        by_layer.setdefault(layer, set()).add(tensor)
-    for layer in range(architecture.layers):
-        absent = by_layer.get(0, set(family.layer_weights)) ^ by_layer.get(layer, set())
-        if absent or not by_layer.get(layer):
-            lacking = sorted(absent) or sorted(family.layer_weights)
-            raise BadCheckpoint(f"{name}: layer {layer} lacks tensors ({lacking[0]}); the checkpoint is incomplete")
+
+
+def _check_complete(
+    name: str, family: Family, architecture: Architecture, tensors: Iterable[str], *, tied: bool
+) -> None:
+    """No tensor is missing, which transformers would fill with random numbers, and none is of a layer too many."""
+    present = set(tensors)
+    in_layers = {local for layer, local in map(family.split, present) if layer is not None}
+    wanted = {
+        f"{family.layer_prefix}{layer}.{local}"
+        for layer in range(architecture.layers)
+        for local in in_layers.union(family.layer_weights)  # a bias that one layer has, all have
+    }
+    wanted |= set(family.outer_weights) - ({f"{family.head}.weight"} if tied else set())
+    if absent := sorted(wanted - present):
+        raise BadCheckpoint(
+            f"{name}: the checkpoint is incomplete, it lacks {absent[0]}"
+            + (f" and {len(absent) - 1} more tensors" if len(absent) > 1 else "")
+            + ", which config.json calls for; download it again"
+        )
+    if beyond := sorted(tensor for tensor in present - wanted if family.split(tensor)[0] is not None):
+        raise BadCheckpoint(f"{name}: config.json says {architecture.layers} layers, but there is {beyond[0]}")
 
 
 def _from_hub(model: str) -> Path:
@@ -330,7 +354,7 @@ def _dequantised(file: Path, cache: Path) -> Path:
     folder = cache / "gguf" / f"{file.stem}-{digest[:12]}"
     if (folder / "config.json").is_file():
         return folder
-    with _quiet():
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar obeys no setting of transformers
         try:
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

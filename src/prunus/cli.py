@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
+from rich.markup import escape
 
 from prunus import console
 from prunus.errors import BadRecipe, PrunusError
@@ -56,11 +57,18 @@ def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) ->
         key, equals, value = setting.partition("=")
         if not equals:
             raise BadRecipe(f"--set {setting!r}: write KEY=VALUE, such as distill.learning_rate=1e-4")
-        changes[key] = yaml.safe_load(value)
+        changes[key] = _value(setting, value)
     budget = [key for key in ("params", "memory", "arch") if changes.get(key) is not None]
     if budget:  # a budget on the command line replaces the recipe's, of whatever kind
         values = {key: value for key, value in values.items() if key not in ("params", "memory", "arch")}
     return recipe.parse(recipe.override(values, changes), source=str(file or "command line"))
+
+
+def _value(setting: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadRecipe(f"--set {setting!r}: the value is not YAML: {error}") from error
 
 
 def _run(
@@ -229,8 +237,10 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except PrunusError as error:
-        console.ERRORS.print(f"[bold red]error:[/bold red] {_escaped(str(error))}", soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        path = error.filename or "a file"
+        _fail(f"{path}: {error.strerror or error}. Check the path and its permissions, and run the same command again.")
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
@@ -244,10 +254,9 @@ def main() -> None:
         sys.exit(2)
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _fail(message: str) -> NoReturn:
+    console.ERRORS.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

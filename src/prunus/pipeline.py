@@ -17,9 +17,10 @@ from prunus.measure import measure, save_statistics, with_leave_one_out
 from prunus.prune import prune
 from prunus.recipe import STAGES, Data, Recipe
 from prunus.report import model_card, write_report
-from prunus.run import BASELINE, Run, claim, write_json
+from prunus.run import BASELINE, Run, claim, open_run, write_json
 from prunus.scores import save_scores
-from prunus.search import Search, search
+from prunus.search import Search, legal_architectures, search
+from prunus.selection import check_legal
 
 FEW_DOCUMENTS = 100
 """With fewer, the tail of each is held out; a share of so few documents could be none."""
@@ -34,12 +35,25 @@ def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = Non
     Returns:
         the run; its files hold the results.
     """
-    with claim(recipe, redo=redo, redo_stage=redo_stage) as run:
+    run = open_run(recipe)
+    _check_goal(run)
+    with claim(run, redo=redo, redo_stage=redo_stage):
         for stage in STAGES[: STAGES.index(recipe.stop_after) + 1]:
             if not run.finished(stage) or stage == "report":
                 with run.timed(stage):
                     RUN_STAGE[stage](run)
         return run
+
+
+def _check_goal(run: Run) -> None:
+    """Refuse an architecture or budget that cannot be had before hours of work, or of results, are spent on it."""
+    recipe, teacher = run.recipe, run.teacher
+    if recipe.arch is not None:
+        target = architecture.parse(recipe.arch, teacher.architecture)
+        check_legal(teacher.family, teacher.architecture, target)
+    else:
+        budget = parse_budget(teacher, params=recipe.params, memory=recipe.memory)
+        legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
 
 
 def _text(run: Run) -> None:

@@ -15,11 +15,11 @@ from prunus.checkpoint import Checkpoint, load
 from prunus.console import duration
 from prunus.distill import Settings
 from prunus.distill import plan as plan_training
-from prunus.errors import BadRecipe, BudgetUnreachable
+from prunus.errors import BadRecipe
 from prunus.recipe import Recipe
 from prunus.run import OUTPUTS
 from prunus.search import legal_architectures
-from prunus.selection import illegal_cut
+from prunus.selection import check_legal
 
 EFFICIENCY = 0.45
 """Share of the GEMM rate that whole steps reach (norms, attention and softmax are not GEMMs); measured, see LOG.md."""
@@ -34,8 +34,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     teacher = load(recipe.model)
     if recipe.arch is not None:
         target, count, target_cost = parse(recipe.arch, teacher.architecture), 1, None
-        if reasons := illegal_cut(teacher.family, teacher.architecture, target):
-            raise BudgetUnreachable(f"architecture {target} is not legal: {'; '.join(reasons)}")
+        check_legal(teacher.family, teacher.architecture, target)
     else:
         budget = parse_budget(teacher, params=recipe.params, memory=recipe.memory)
         found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)

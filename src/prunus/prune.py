@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from prunus import refit, repair
 from prunus.architecture import Architecture, to_config
 from prunus.checkpoint import Checkpoint, save
-from prunus.errors import BudgetUnreachable
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import Scores
-from prunus.selection import Kept, illegal_cut, select
+from prunus.selection import Kept, check_legal, select
 
 KEPT_FILE = "prunus.json"
 
@@ -54,8 +53,7 @@ def cut(
         BudgetUnreachable: the architecture is illegal for this family, or not smaller; says why.
     """
     family, source = teacher.family, teacher.architecture
-    if reasons := illegal_cut(family, source, target):
-        raise BudgetUnreachable(f"architecture {target} is not legal for {family.model_type}: {'; '.join(reasons)}")
+    check_legal(family, source, target)
     kept = select(scores, source, target)
     student_layer = {layer: number for number, layer in enumerate(kept.layers)}
     tensors = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prunus import importance
-from prunus.budget import parse_quantity
+from prunus.budget import check_amount, parse_quantity
 from prunus.errors import BadRecipe
 
 STAGES = ("text", "measure", "score", "search", "prune", "distill", "evaluate", "report")
@@ -30,7 +31,11 @@ def _count(value: object) -> object:
 
 
 Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
-Amount = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
+Amount = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
+    AfterValidator(check_amount),
+]
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -160,11 +165,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
-        given = [name for name in ("params", "memory", "arch") if getattr(self, name) is not None]
-        if len(given) != 1:
-            was = f"not {' and '.join(given)}" if given else "but none is there"
-            raise ValueError(f"exactly one of params, memory and arch is needed, {was}")
+        if mistake := _budget_mistake(vars(self)):
+            raise ValueError(mistake)
         return self
+
+
+def _budget_mistake(values: Mapping[str, Any]) -> str | None:
+    given = [name for name in ("params", "memory", "arch") if values.get(name) is not None]
+    if len(given) == 1:
+        return None
+    was = f"not {' and '.join(given)}" if given else "but none is there"
+    return f"exactly one of params, memory and arch is needed, {was}"
 
 
 def parse(values: Mapping[str, Any], *, source: str) -> Recipe:
@@ -182,6 +193,9 @@ def parse_section(section: type[Parsed], values: Mapping[str, Any], *, source: s
         return section.model_validate(values)
     except ValidationError as error:
         mistakes = [_explain(detail, section) for detail in error.errors()]
+        # pydantic looks at the whole only when its parts are right; the user should hear of both at once.
+        if section is Recipe and (budget := _budget_mistake(values)) and budget not in mistakes:
+            mistakes.append(budget)
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise BadRecipe(f"{source}: {count}\n" + "\n".join(f"  - {mistake}" for mistake in mistakes)) from error
 
@@ -207,7 +221,7 @@ def json_schema() -> str:
 
 def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with some replaced, given by dotted path; a change to None is no change."""
-    result = json.loads(json.dumps(values))
+    result = copy.deepcopy(dict(values))
     for path, value in changes.items():
         if value is None:
             continue
@@ -231,6 +245,11 @@ def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
         return f"unknown key {where!r}; {known}"
     if kind == "missing":
         return f"{where} is missing"
+    if kind == "literal_error":
+        close = difflib.get_close_matches(str(detail["input"]), STAGES, n=1)
+        return f"{where}: {detail['input']!r} is unknown; " + (
+            f"did you mean {close[0]!r}?" if close else f"one of {', '.join(STAGES)}"
+        )
     message = detail["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 

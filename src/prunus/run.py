@@ -53,6 +53,8 @@ DEPENDS_ON = {
     "report": (),
 }
 """Recipe keys that each stage is the first to depend on."""
+WITHOUT_EFFECT = {"distill": {"checkpoint_seconds"}}
+"""Keys inside those that change no result."""
 
 
 @dataclass
@@ -159,16 +161,12 @@ def is_run(path: Path) -> bool:
     return (path / "recipe.yaml").is_file()
 
 
-@contextlib.contextmanager
-def claim(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None) -> Iterator[Run]:
-    """Open or create the run directory of a recipe, for this process alone.
+def open_run(recipe: Recipe) -> Run:
+    """The run of a recipe; nothing is written yet.
 
-    Args:
-        redo: where the recipe differs from the one that the directory was made with, do the stages that depend on the
-            difference again.
-        redo_stage: do this stage and the later ones again in any case.
     Raises:
-        BadOutput: the directory holds other files, another recipe's results, or is in use.
+        BadOutput: its directory holds other files, or results of another teacher.
+        BadCheckpoint, UnsupportedModel: see `checkpoint.load`.
     """
     root = Path(recipe.to)
     if root.exists() and not root.is_dir():
@@ -180,29 +178,40 @@ def claim(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None) 
             "Give a new folder with --to."
         )
     run = Run(root, recipe)
-    _check_teacher(run)
-    created = not is_run(root)
+    if run.log.get("teacher") not in (None, run.teacher.fingerprint):
+        raise BadOutput(f"{root} was made with other weights of {recipe.model}; give a new folder with --to")
+    return run
+
+
+@contextlib.contextmanager
+def claim(run: Run, *, redo: bool = False, redo_stage: str | None = None) -> Iterator[None]:
+    """Make the directory of a run, or take up an earlier run, for this process alone.
+
+    Args:
+        redo: where the recipe differs from the one that the directory was made with, do the stages that depend on the
+            difference again.
+        redo_stage: do this stage and the later ones again in any case.
+    Raises:
+        BadOutput: the directory holds another recipe's results, or is in use.
+    """
+    root, existed, created = run.root, run.root.is_dir(), not is_run(run.root)
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / ".lock", timeout=0):
             if not created:
                 _reconcile(run, redo, redo_stage)
+            _remove_leftovers(root)
             with atomic_file(root / "recipe.yaml") as partial:
-                partial.write_text(recipes.to_yaml(recipe))
+                partial.write_text(recipes.to_yaml(run.recipe))
             write_json(root / "run.json", run.log | {"teacher": run.teacher.fingerprint})
-            yield run
+            yield
     except Timeout as error:
         raise BadOutput(f"{root} is in use by another prunus process; wait for it, or give another folder") from error
-    except PrunusError:
+    except (PrunusError, OSError):
         if created and not any(run.finished(stage) for stage in STAGES):
             shutil.rmtree(root)  # nothing was achieved: leave the disk as it was found
+            root.mkdir() if existed else None
         raise
-
-
-def _check_teacher(run: Run) -> None:
-    before = run.log.get("teacher")
-    if before not in (None, run.teacher.fingerprint):
-        raise BadOutput(f"{run.root} was made with other weights of {run.recipe.model}; give a new folder with --to")
 
 
 def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
@@ -224,11 +233,12 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
 
 
 def _changed_keys(stage: str, old: Recipe, new: Recipe) -> list[str]:
-    return [key for key in DEPENDS_ON[stage] if _value(old, key) != _value(new, key)]
+    before, after = (recipe.model_dump(exclude=WITHOUT_EFFECT) for recipe in (old, new))
+    return [key for key in DEPENDS_ON[stage] if _value(before, key) != _value(after, key)]
 
 
-def _value(recipe: Recipe, key: str) -> object:
-    return functools.reduce(getattr, key.split("."), recipe)
+def _value(recipe: dict[str, Any], key: str) -> object:
+    return functools.reduce(lambda section, part: section[part], key.split("."), recipe)
 
 
 def _remove(root: Path, names: tuple[str, ...]) -> None:
@@ -237,4 +247,18 @@ def _remove(root: Path, names: tuple[str, ...]) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True) if path.is_file() else None
-        (root / f".{name}.training.safetensors").unlink(missing_ok=True)
+        _training_state(path).unlink(missing_ok=True)
+
+
+def _training_state(result: Path) -> Path:
+    """Where `distill.distill` keeps its state until the result is there."""
+    return result.with_name(f".{result.name}.training.safetensors")
+
+
+def _remove_leftovers(root: Path) -> None:
+    """What a killed process left behind and no stage will take up."""
+    for file in root.glob(".*.partial"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    for name in (*OUTPUTS["distill"], BASELINE):
+        if (root / name).exists():
+            _training_state(root / name).unlink(missing_ok=True)

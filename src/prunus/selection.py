@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunus.architecture import Architecture
+from prunus.errors import BudgetUnreachable
 from prunus.families import Family
 from prunus.scores import Scores
 
@@ -56,6 +57,12 @@ def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> 
             f"but the teacher's groups have {teacher.heads // teacher.kv_heads}"
         )
     return reasons
+
+
+def check_legal(family: Family, teacher: Architecture, target: Architecture) -> None:
+    """Raises BudgetUnreachable, with every reason, if `target` cannot be cut out of `teacher`."""
+    if reasons := illegal_cut(family, teacher, target):
+        raise BudgetUnreachable(f"architecture {target} is not legal for {family.model_type}: {'; '.join(reasons)}")
 
 
 def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:

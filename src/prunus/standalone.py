@@ -17,7 +17,7 @@ from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import Settings
 from prunus.distill import distill as train
 from prunus.documents import documents, shuffled
-from prunus.errors import BadCheckpoint, BadOutput
+from prunus.errors import BadCheckpoint, BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
 from prunus.recipe import Distill, parse_section
 from prunus.tasks import run_tasks
@@ -55,6 +55,10 @@ def evaluate(
     model: str, *, teacher: str | None, data: str | None, tokens: str, tasks: Sequence[str], limit: int | None
 ) -> dict[str, Any]:
     """Quality on the text `data`, tasks and speed of one model."""
+    try:
+        num_tokens = int(parse_quantity(tokens))
+    except ValueError as error:
+        raise BadRecipe(f"tokens: {error}") from error
     checkpoint = _opened(model)
     dtype, device = hardware.compute_dtype(), hardware.device()
     module = checkpoint.module(dtype, device)
@@ -62,7 +66,7 @@ def evaluate(
     if data is not None:
         reference = _opened(teacher).module(dtype, device) if teacher else None
         with tempfile.TemporaryDirectory() as folder, console.bar("text", unit="blocks") as step:
-            blocks = _blocks(data, checkpoint, int(parse_quantity(tokens)), Path(folder))
+            blocks = _blocks(data, checkpoint, num_tokens, Path(folder))
             result |= asdict(quality(module, blocks, teacher=reference, progress=step))
     result |= asdict(speed({"model": module})["model"])
     return result | {"tasks": run_tasks(module, checkpoint.tokenizer(), list(tasks), limit=limit) if tasks else {}}
