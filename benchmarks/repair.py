@@ -57,7 +57,7 @@ def run(teacher: pr.Checkpoint, calibration: text.Blocks, heldout: text.Blocks, 
         axis, _, size = key.partition("=")
         target = teacher.architecture.replace(**{axis: int(size)})
         for method, function in CUTS[key]:
-            scores = score(statistics, **{axis: function})
+            scores = score(statistics, **{"ffn": "activation", axis: function})
             student = cut(teacher, scores, target, norm_correction=method != "plain")
             start = time.perf_counter()
             if method == "repaired":

@@ -91,6 +91,21 @@ def add_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
 
 
+SMALL = {
+    "data": {"block_size": 32, "heldout_tokens": 1024},
+    "measure": {"tokens": 512},
+    "search": {"candidates": 2, "probe_tokens": 256},
+    "distill": {"tokens": 1024, "batch_tokens": 128},
+}
+"""Recipe values of a run that takes seconds on a tiny model."""
+
+
+def small_flags(data: Path, to: Path, *, budget: tuple[str, str] = ("--params", "0.7x")) -> list[str]:
+    """The same as options of the command line."""
+    settings = [f"{section}.{key}={value}" for section, values in SMALL.items() for key, value in values.items()]
+    return [*budget, "--data", str(data), "--to", str(to), *(part for value in settings for part in ("--set", value))]
+
+
 @pytest.fixture(scope="session")
 def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama and its tokenizer: what a user would bring."""

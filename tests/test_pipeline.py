@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, WORDS, small_flags
 from transformers import AutoModelForCausalLM
 
 from prunus import recipe
 from prunus.errors import BadOutput
 from prunus.pipeline import compress
 from prunus.run import OUTPUTS
-
-SMALL = {
-    "data": {"block_size": 32, "heldout_tokens": 1024},
-    "measure": {"tokens": 512},
-    "search": {"candidates": 2, "probe_tokens": 256},
-    "distill": {"tokens": 1024, "batch_tokens": 128},
-}
 
 
 def make_recipe(model: Path, corpus: Path, to: Path, **changes: object) -> recipe.Recipe:
@@ -70,11 +64,7 @@ def test_another_recipe_is_refused_unless_redone(run, whole_model, corpus):
 
 
 def test_stages_run_alone_from_the_command_line(whole_model, corpus, tmp_path, invoke):
-    flags = ["--params", "0.7x", "--data", str(corpus), "--to", str(tmp_path / "run")]
-    for section, values in SMALL.items():
-        for key, value in values.items():
-            flags += ["--set", f"{section}.{key}={value}"]
-    assert invoke("score", str(whole_model), *flags).exit_code == 0
+    assert invoke("score", str(whole_model), *small_flags(corpus, tmp_path / "run")).exit_code == 0
     assert (tmp_path / "run" / "1-scores.safetensors").exists()
     assert not (tmp_path / "run" / "2-candidates.json").exists()
     again = invoke("score", str(tmp_path / "run"), "--set", "score.ffn=magnitude", "--json")
@@ -86,8 +76,6 @@ def test_stages_run_alone_from_the_command_line(whole_model, corpus, tmp_path, i
 
 
 def test_single_document_text_is_split_by_its_length(whole_model, tmp_path):
-    from conftest import WORDS
-
     (tmp_path / "one.txt").write_text("\n".join(" ".join(WORDS) for _ in range(300)))
     values = make_recipe(whole_model, tmp_path / "one.txt", tmp_path / "run", stop_after="text")
     found = compress(values)

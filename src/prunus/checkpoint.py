@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -244,8 +244,8 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
         family = family_of(raw.get("model_type", ""))
         with _quiet():
             config = AutoConfig.from_pretrained(folder)
-    except (ValueError, AttributeError, OSError) as error:
-        raise BadCheckpoint(f"{name}: config.json is not a valid config: {error}") from error
+    except (ValueError, AttributeError, OSError, StrictDataclassError) as error:
+        raise BadCheckpoint(f"{name}: config.json is not a valid config: {' '.join(str(error).split())}") from error
     files, shapes = _tensor_files(folder, name)
     if config.tie_word_embeddings:
         files.pop(f"{family.head}.weight", None)
@@ -269,7 +269,7 @@ def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, t
     if (folder / INDEX).is_file():
         try:
             wanted = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadCheckpoint(f"{name}: {INDEX} is damaged ({error}); download it again") from error
         missing = sorted(wanted - {path.name for path in paths})
         if missing:

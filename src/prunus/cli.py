@@ -15,6 +15,8 @@ from rich.markup import escape
 from prunus import console
 from prunus.errors import BadRecipe, PrunusError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="prunus",
     help="Prune a pretrained language model and distil it back into a plain Hugging Face checkpoint.",
@@ -82,6 +84,8 @@ def _run(
     again = stage if is_run(Path(source)) and stage != "compress" else None
     if stage != "compress":
         changes["stop_after"] = stage
+    elif is_run(Path(source)) and changes["stop_after"] is None:
+        changes["stop_after"] = "report"  # the run may have been stopped earlier; now everything is asked for
     recipe = _recipe(source, changes, settings)
     run = compress(recipe, redo=redo or again is not None, redo_stage=again)
     if as_json:
@@ -235,23 +239,21 @@ _stage_command("report", "Write 5-report.json, report.html and the model card fr
 def main() -> None:
     """The `prunus` command. Exit code 2 for a mistake of the user's, with the message alone."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer turns Ctrl-C into this code, and hands it back
     except PrunusError as error:
         _fail(str(error))
     except OSError as error:
         path = error.filename or "a file"
         _fail(f"{path}: {error.strerror or error}. Check the path and its permissions, and run the same command again.")
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        console.ERRORS.print("Stopped. Run the same command again to go on.")
-        sys.exit(130)
     except Exception as error:
         show: Callable[[], None] | None = getattr(error, "show", None)
         if show is None:
             raise
         show()  # click's own usage errors
         sys.exit(2)
+    if code == INTERRUPTED:
+        console.ERRORS.print("Stopped. Run the same command again to go on.")
+    sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:

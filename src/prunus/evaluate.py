@@ -27,10 +27,8 @@ LOGIT_BYTES = 32 * 1024**2
 
 PROMPTS = (
     "The capital of France is",
-    "Water boils when",
     "To make a cup of tea, first",
     "She opened the old door and saw",
-    "The function sorts a list of numbers by",
     "In the nineteenth century, most people",
 )
 

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, importance, results, text
+from prunus import architecture, console, cost, hardware, importance, results, text
 from prunus.budget import parse_budget
 from prunus.checkpoint import atomic_file
 from prunus.distill import Progress, Settings, distill
@@ -102,7 +102,7 @@ def _side(data: Data, *, held_out: bool) -> Iterator[str]:
 def _measure(run: Run) -> None:
     """One pass over the calibration text."""
     options = run.recipe.measure
-    model = run.teacher.module()
+    model = run.teacher.module(device=hardware.device())
     with console.bar("layers", unit="layers") as step:
         statistics = measure(run.teacher, run.calibration, model=model, grams=options.grams, progress=step)
     if options.leave_one_out:

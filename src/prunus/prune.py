@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from prunus import refit, repair
+from prunus import hardware, refit, repair
 from prunus.architecture import Architecture, to_config
 from prunus.checkpoint import Checkpoint, save
 from prunus.families import Family
@@ -115,7 +115,7 @@ def prune(
     tensors = student.tensors
     if calibration is not None and target != teacher.architecture:
         model = repaired(teacher, student, calibration, damping=damping, progress=progress)
-        tensors = {name: model.get_parameter(name).detach().to(teacher.dtype) for name in tensors}
+        tensors = {name: model.get_parameter(name).detach().to("cpu", teacher.dtype) for name in tensors}
     kept = json.dumps({"teacher": teacher.fingerprint, "kept": vars(student.kept)})
     written = save(Path(to), student.config, tensors, like=teacher, extra_files={KEPT_FILE: kept})
     assert written.parameters == sum(tensor.numel() for tensor in tensors.values())
@@ -132,8 +132,9 @@ def repaired(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreTrainedModel:
     """The student as a transformers model, in the teacher's dtype, after `repair_layers`."""
-    model = build(student, teacher.dtype)
-    source = teacher_model or teacher.module()
+    device = hardware.device()
+    model = hardware.place(build(student, teacher.dtype), device=device)
+    source = teacher_model or teacher.module(device=device)
     refit.repair_layers(source, model, teacher.family, student.kept, calibration, damping=damping, progress=progress)
     return model
 

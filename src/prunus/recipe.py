@@ -62,7 +62,7 @@ class Measure(Section):
     """The pass over calibration text."""
 
     tokens: Count = Field(32768, description="calibration tokens, from the training text")
-    grams: bool = Field(False, description="also Gram matrices, for the score ffn=reconstruction")
+    grams: bool = Field(True, description="also Gram matrices, which the score ffn=reconstruction needs")
     leave_one_out: bool = Field(False, description="also the loss without each layer (layers=leave_one_out)")
 
 
@@ -103,7 +103,7 @@ class Prune(Section):
     repair: bool = Field(True, description="least-squares repair on the calibration text")
     norm_correction: bool = True
     head_residuals: bool = False
-    damping: float = Field(0.01, gt=0, description="ridge of the repair, as a share of the mean diagonal")
+    damping: float = Field(0.03, gt=0, description="ridge of the repair, as a share of the mean diagonal")
 
 
 class Distill(Section):
@@ -164,8 +164,13 @@ class Recipe(Section):
     stop_after: Stage = "report"
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Recipe:
-        if mistake := _budget_mistake(vars(self)):
+    def _consistent(self) -> Recipe:
+        mistake = _budget_mistake(vars(self))
+        if mistake is None and self.score.ffn == "reconstruction" and not self.measure.grams:
+            mistake = "score.ffn: reconstruction needs measure.grams: true, or choose another score"
+        if mistake is None and self.score.layers == "leave_one_out" and not self.measure.leave_one_out:
+            mistake = "score.layers: leave_one_out needs measure.leave_one_out: true, or choose another score"
+        if mistake is not None:
             raise ValueError(mistake)
         return self
 

@@ -51,14 +51,14 @@ def repair_layers(
     walk = _TeacherWalk(teacher, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
     scale = math.sqrt(len(kept.hidden) / teacher.config.hidden_size) if family.scaled_embedding else 1.0
-    hidden = torch.tensor(kept.hidden)
+    hidden = torch.tensor(kept.hidden, device=student.device)
     for number, layer in enumerate(layerwise.body(student).layers):
         source, seen = walk.next_layer(family, number)
         for branch in family.branches:
             norm, teacher_side = layer.get_submodule(branch.norm), seen[branch.name]
             normed = [norm(batch.stream_BSH) for batch in batches]
-            rows = {name: kept.index(family.layer_weights[f"{name}.weight"][0], number, walk.head_dim)
-                    for name in branch.reads}  # fmt: skip
+            units = {name: family.layer_weights[f"{name}.weight"][0] for name in branch.reads}
+            rows = {name: kept.index(unit, number, walk.head_dim) for name, unit in units.items()}
             _fit_reads(source, layer, rows, _flat(normed), _flat(teacher_side.normed), damping)
             inner = [
                 layerwise.branch_inner(layer, branch, normed_BSK, batch.layer_inputs[number])
@@ -150,7 +150,9 @@ def _fit_reads(
     for name, index in rows.items():
         original, projection = _linear(source, name), _linear(layer, name)
         columns = slice(None) if projection.bias is not None else slice(-1)
-        wanted_OK = _joined(original)[index] @ cross_HK[columns, columns]
+        weight_OH = _joined(original)
+        kept_OH = weight_OH if index is None else weight_OH[index.to(weight_OH.device)]
+        wanted_OK = kept_OH @ cross_HK[columns, columns]
         _set(
             projection,
             repair.least_squares(gram_KK[columns, columns], wanted_OK, _joined(projection), damping=damping),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
+DAMPING = 0.03
 """Ridge of the least squares, as a share of the mean diagonal of the Gram matrix."""
 
 

@@ -197,11 +197,13 @@ def show(run: Run) -> None:
     """Print what a run holds, for a reader."""
     out = Console(highlight=False)
     if run.finished("evaluate"):
-        table = Table("", "parameters", "perplexity", "bits/byte", "KL to teacher", "same top token", box=None)
+        table = Table(box=None, header_style="bold")
+        for heading in ("", "parameters", "perplexity", "bits/byte", "KL", "top-1"):
+            table.add_column(heading, no_wrap=True, justify="left" if not heading else "right")
         for model in json.loads(run.path("evaluate").read_text())["models"]:
             table.add_row(
                 model["label"],
-                f"{model['parameters']:,}",
+                f"{model['parameters'] / 1e6:,.1f}M",
                 f"{model['perplexity']:.2f}",
                 f"{model['bits_per_byte']:.3f}",
                 f"{model['kl_to_teacher']:.3f}",

@@ -48,8 +48,8 @@ DEPENDS_ON = {
     "score": ("score",),
     "search": ("params", "memory", "arch", "search"),
     "prune": ("prune",),
-    "distill": ("distill", "baseline"),
-    "evaluate": ("evaluate",),
+    "distill": ("distill",),
+    "evaluate": ("evaluate", "baseline"),
     "report": (),
 }
 """Recipe keys that each stage is the first to depend on."""
@@ -112,7 +112,7 @@ class Run:
 
     @functools.cached_property
     def candidates(self) -> dict[str, Any]:
-        return json.loads(self.path("search").read_text())
+        return read_json(self.path("search"))
 
     @functools.cached_property
     def pruned(self) -> Checkpoint:
@@ -130,7 +130,7 @@ class Run:
     def log(self) -> dict[str, Any]:
         """run.json: what ran when, and on which teacher."""
         file = self.root / "run.json"
-        return json.loads(file.read_text()) if file.is_file() else {"stages": {}}
+        return read_json(file) if file.is_file() else {"stages": {}}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -155,6 +155,13 @@ class Run:
 def write_json(file: Path, value: object) -> None:
     with atomic_file(file) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise BadOutput(f"{file}: damaged ({error}); delete it and run the same command again") from error
 
 
 def is_run(path: Path) -> bool:
@@ -219,7 +226,7 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
     old = recipes.parse(recipes.read_yaml(run.root / "recipe.yaml"), source=str(run.root / "recipe.yaml"))
     changed = {stage: keys for stage in STAGES if (keys := _changed_keys(stage, old, run.recipe))}
     stale_from = min((STAGES.index(stage) for stage in changed), default=len(STAGES))
-    stale = [stage for stage in STAGES[stale_from:] if any((run.root / name).exists() for name in OUTPUTS[stage])]
+    stale = [stage for stage in STAGES[stale_from:] if any(_begun(run.root / name) for name in OUTPUTS[stage])]
     if stale and not redo:
         names = ", ".join(key for keys in changed.values() for key in keys)
         raise BadOutput(
@@ -227,9 +234,15 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
             f"which its stages {', '.join(stale)} depend on. "
             "Give a new folder with --to, or --redo to do those stages again."
         )
-    first = min(stale_from, STAGES.index(redo_stage) if redo_stage else len(STAGES))
+    # A stage that was killed is not done again but gone on with.
+    again = redo_stage is not None and run.finished(redo_stage)
+    first = min(stale_from, STAGES.index(redo_stage) if redo_stage and again else len(STAGES))
     for stage in STAGES[first:]:
         _remove(run.root, (*OUTPUTS[stage], *((BASELINE,) if stage == "distill" else ())))
+
+
+def _begun(output: Path) -> bool:
+    return output.exists() or _training_state(output).exists()
 
 
 def _changed_keys(stage: str, old: Recipe, new: Recipe) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prunus import hardware
 from prunus.architecture import AXES, Architecture
 from prunus.budget import Budget
 from prunus.checkpoint import Checkpoint
@@ -242,7 +243,7 @@ class _Measurer:
     ) -> None:
         self.teacher, self.scores, self.repair = teacher, scores, repair
         self.calibration, self.heldout = calibration, heldout
-        self.model = teacher.module()
+        self.model = teacher.module(device=hardware.device())
         self.base = quality(self.model, heldout)
         self.done, self.total, self.progress = 0, total, progress
 
@@ -252,7 +253,7 @@ class _Measurer:
         if self.repair:
             model = repaired(self.teacher, student, self.calibration, teacher_model=self.model)
         else:
-            model = build(student, self.teacher.dtype)
+            model = hardware.place(build(student, self.teacher.dtype), device=hardware.device())
         self.done += 1
         self.progress(self.done, self.total)
         return quality(model, self.heldout)

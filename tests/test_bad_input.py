@@ -1,0 +1,520 @@
+"""Every mistake of the user's: exit code 2, a message that names the thing and the way out, and a disk as it was."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_text, small_flags
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from prunus import checkpoint
+from prunus.families import known_families
+from prunus.recipe import STAGES
+from prunus.run import OUTPUTS
+
+STAGE_LINE = re.compile(rf"({'|'.join(STAGES)}): [\d.]+ s")
+
+
+@pytest.fixture
+def model(whole_model, tmp_path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(whole_model, tmp_path / "model")
+
+
+@pytest.fixture
+def refused(invoke, corpus, tmp_path) -> Callable[..., str]:
+    """Runs `prunus compress` with a mistake in it; returns the message, after the checks that all of them share."""
+
+    def run(source: Path | str, *options: str, data: Path = corpus, budget: tuple[str, ...] = ("--params", "0.7x")):
+        before = contents(tmp_path)
+        result = invoke("compress", str(source), *small_flags(data, tmp_path / "run", budget=budget), *options)
+        assert result.exit_code == 2, result.stderr
+        assert contents(tmp_path) == before
+        return only_message(result)
+
+    return run
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Every file and folder but the lock of a run and its record of times."""
+    paths = (path for path in folder.rglob("*") if path.name not in (".lock", "run.json"))
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(paths)}
+
+
+def only_message(result) -> str:
+    """The error on stderr. Before it come the lines of finished stages alone: no bar, no warning, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if not STAGE_LINE.fullmatch(line)]
+    assert lines[0].startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    return "\n".join(lines)
+
+
+def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigure(model: Path, **changes: object) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def test_a_folder_without_weights(model, refused):
+    (model / "model.safetensors").unlink()
+    assert re.search(r"model: no \.safetensors file in .*; the download may be incomplete", refused(model))
+
+
+def test_an_index_that_names_a_missing_shard(model, refused):
+    names = list(load_file(model / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors") | {names[0]: "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors missing though the index names it; download it again" in refused(model)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index(model, refused, index):
+    (model / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json is damaged" in refused(model)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_truncated_weights(model, refused, kept):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert "model.safetensors cannot be read" in (message := refused(model))
+    assert "download it again" in message
+
+
+def test_a_tensor_of_another_shape(model, refused):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(model, lambda tensors: tensors.update({name: torch.zeros(41, 48)}))
+    assert f"{name} has shape [41, 48], which config.json" in refused(model)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_a_layer_that_lacks_a_tensor(model, refused, layer):
+    name = f"model.layers.{layer}.self_attn.q_proj.weight"
+    rewrite(model, lambda tensors: tensors.pop(name))
+    assert f"the checkpoint is incomplete, it lacks {name}" in refused(model)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_model_that_lacks_an_outer_tensor(model, refused, name):
+    rewrite(model, lambda tensors: tensors.pop(name))
+    assert f"it lacks {name}" in refused(model)
+
+
+def test_fewer_and_more_layers_than_the_config_says(model, refused):
+    reconfigure(model, num_hidden_layers=5)
+    assert re.search(r"it lacks model\.layers\.4\.\S+ and 8 more tensors", refused(model))
+    reconfigure(model, num_hidden_layers=3)
+    assert "config.json says 3 layers, but there is model.layers.3." in refused(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers(model, refused, value):
+    rewrite(model, lambda tensors: tensors["model.norm.weight"][3:4].fill_(value))
+    assert "1 tensors hold NaN or infinity (model.norm.weight)" in refused(model)
+
+
+def test_an_unknown_model_type(model, refused):
+    reconfigure(model, model_type="mamba")
+    message = refused(model)
+    assert "'mamba' is not supported" in message
+    assert all(family in message for family in known_families())
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "3", '{"model_type": "llama", "hidden_size": "wide"}'])
+def test_a_damaged_config(model, refused, config):
+    (model / "config.json").write_text(config)
+    assert "config.json is not a valid config" in refused(model)
+
+
+def test_a_variant_with_a_parameter_that_no_rule_covers(model, refused):
+    name = "model.layers.0.self_attn.sinks"
+    rewrite(model, lambda tensors: tensors.update({name: torch.zeros(6)}))
+    message = refused(model)
+    assert f"has no rule for 1 tensors, such as {name!r}" in message
+    assert "would damage it silently" in message
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, crater: Path) -> None:
+        self.crater = crater
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.crater),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickles_are_not_opened(model, refused, tmp_path, name):
+    (model / "model.safetensors").unlink()
+    (model / name).write_bytes(pickle.dumps(Bomb(tmp_path / "crater")))
+    assert f"only pickle weights ({name})" in (message := refused(model))
+    assert "save_pretrained()" in message
+    assert not (tmp_path / "crater").exists()
+
+
+def test_what_is_no_model(refused, corpus, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(tmp_path / "empty")
+    assert "a model is a Hugging Face folder, a hub id or a .gguf file, not a .jsonl" in refused(corpus)
+    assert "no such file or folder, and not a hub id (owner/name)" in refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "nosuch"])
+def test_a_hub_id_without_the_hub(refused, name):
+    message = refused(name)
+    assert f"{name}: no such folder, and the hub did not give it" in message
+    assert "Check the name and the network, or give a local folder" in message
+
+
+def test_a_model_without_a_tokenizer(model, refused):
+    for file in model.glob("*token*"):
+        file.unlink()
+    assert "its tokenizer cannot be read" in (message := refused(model))
+    assert "tokenizer.json" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 200, b"not a model" * 99])
+def test_a_damaged_gguf(refused, tmp_path, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert "model.gguf: transformers cannot read this GGUF file" in refused(tmp_path / "model.gguf")
+
+
+def test_a_gguf_that_is_not_there(refused, tmp_path):
+    assert "model.gguf: no such file" in refused(tmp_path / "model.gguf")
+
+
+# ---------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--params", "100", "the smallest legal model of this family costs"),
+        ("--params", "1.2x", "but the teacher has"),
+        ("--params", "7B", "but the teacher has"),
+        ("--memory", "1TB", "is not a quantity"),
+        ("--memory", "1GB", "but the teacher has"),
+        ("--params", "0.7", "did you mean 0.7x"),
+        ("--memory", "0", "less than one"),
+        ("--params", "some", "'some' is not a quantity such as 200k, 95M or 180MB, nor a share"),
+        ("--arch", "hidden=40", "hidden must be a multiple of heads"),
+        ("--arch", "kv_heads=2,heads=5", "heads must be a multiple of kv_heads"),
+        ("--arch", "kv_heads=1", "6 heads in 1 groups need 6 heads per group, but the teacher's groups have 2"),
+        ("--arch", "hiden=24", "unknown axis 'hiden'; did you mean 'hidden'?"),
+        ("--arch", "ffn=41", "ffn=41 is larger than the teacher's 40; pruning only removes"),
+        ("--arch", "ffn=0", "ffn must be a whole number of at least 1, not '0'"),
+        ("--arch", "ffn", "ffn must be a whole number of at least 1, not ''"),
+    ],
+)
+def test_budgets(whole_model, refused, option, value, words):
+    assert words in refused(whole_model, budget=(option, value))
+
+
+def test_every_mistake_in_an_architecture_is_named(whole_model, refused):
+    message = refused(whole_model, budget=("--arch", "hiden=24,ffn=41,heads=two"))
+    assert all(words in message for words in ("'hiden'", "ffn=41", "'two'"))
+
+
+def test_two_budgets_and_none(whole_model, refused):
+    words = "exactly one of params, memory and arch is needed"
+    assert f"{words}, not params and memory" in refused(whole_model, "--memory", "0.5x")
+    assert f"{words}, but none is there" in refused(whole_model, budget=())
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def write(content: str | bytes, name: str) -> Callable[[Path], Path]:
+    def to(folder: Path) -> Path:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder / name
+
+    return to
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder / "absent.txt", "absent.txt: no such file or folder"),
+        (write("", "empty.txt"), "it is empty"),
+        (write(" \n" * 40, "blank.txt"), "it is empty"),
+        (write("", "empty.jsonl"), "it is empty"),
+        (write(bytes(range(256)) * 9, "binary.txt"), "binary.txt: not UTF-8 text but binary"),
+        (write(b"\x80PNG\xff" * 99, "picture.jsonl"), "picture.jsonl"),
+        (write("x" * 99, "table.xlsx"), "a .xlsx is not text"),
+        (write('{"text": "a tree"}\n{"text": "a cat\n', "broken.jsonl"), "broken.jsonl: broken JSON (line 2"),
+        (write('{"a": "x", "b": "y"}\n', "fields.jsonl"), "no column 'text' that holds text. Columns: a (text), b"),
+        (lambda folder: make_text(folder / "short.jsonl", 3, seed=0), "too short"),
+    ],
+)
+def test_texts(whole_model, refused, tmp_path, make, words):
+    assert words in refused(whole_model, data=make(tmp_path))
+
+
+def test_a_wrong_text_field(whole_model, refused, corpus):
+    message = refused(whole_model, "--set", "data.text_field=body")
+    assert f"{corpus}: no column 'body' that holds text. Columns: text (text)" in message
+
+
+def test_a_heldout_file_that_is_not_there(whole_model, refused):
+    assert "absent.txt: no such file or folder" in refused(whole_model, "--heldout", "absent.txt")
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+def test_every_mistake_in_a_recipe_is_named(refused, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "model: x\ndistil: {tokens: 3}\nscore: {ffn: magnitud}\nprune: {repair: perhaps}\n"
+    )
+    message = refused(tmp_path / "recipe.yaml")
+    assert "recipe.yaml: 3 mistakes" in message
+    assert "unknown key 'distil'; did you mean 'distill'?" in message
+    assert "score.ffn: 'magnitud' is unknown; did you mean 'magnitude'?" in message
+    assert "prune.repair: Input should be a valid boolean" in message
+
+
+def test_the_budget_is_named_along_with_other_mistakes(refused, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: x\nbaselin: true\n")
+    message = refused(tmp_path / "recipe.yaml", budget=())
+    assert "2 mistakes" in message
+    assert "did you mean 'baseline'?" in message
+    assert "exactly one of params, memory and arch is needed" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- one\n- two\n", "a recipe is a mapping of keys to values"),
+        ("", "a recipe is a mapping of keys to values"),
+        ("model: [unclosed", "not readable as YAML"),
+        (b"\xff\xfe\0", "not readable as YAML"),
+        ("model: x\nevaluate: 2024-01-01\n3: 4\n", "3: Keys should be strings"),
+    ],
+)
+def test_what_is_no_recipe(refused, tmp_path, text, words):
+    (tmp_path / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert words in refused(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_that_is_not_there(refused, tmp_path):
+    assert "recipe.yaml: no such recipe" in refused(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--stop-after", "distil"), "stop_after: 'distil' is unknown; did you mean 'distill'?"),
+        (("--stop-after", "zzz"), "one of text, measure, score, search, prune, distill, evaluate, report"),
+        (("--set", "distill.learning_rat=1"), "unknown key 'distill.learning_rat'; did you mean 'learning_rate'?"),
+        (("--set", "distill.learning_rate"), "write KEY=VALUE"),
+        (("--set", "prune.repair=["), "the value is not YAML"),
+        (("--set", "measure=3"), "measure: "),
+        (("--set", "data.block_size=10Q"), "data.block_size: '10Q' is not a quantity"),
+        (("--set", "score.ffn=reconstruction", "--set", "measure.grams=false"), "measure.grams"),
+        (("--set", "score.layers=leave_one_out"), "measure.leave_one_out"),
+    ],
+)
+def test_options(whole_model, refused, options, words):
+    assert words in refused(whole_model, *options)
+
+
+def test_an_unknown_option_and_command(invoke, whole_model):
+    for arguments in (("compress", str(whole_model), "--parms", "0.7x"), ("compres", str(whole_model))):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" not in result.stderr
+        assert "compress" in result.stderr or "--params" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------- output folders
+
+
+@pytest.fixture
+def started(invoke, model, corpus, tmp_path) -> list[str]:
+    """A run that stopped after its scores; returns its command."""
+    command = ["compress", str(model), *small_flags(corpus, tmp_path / "run"), "--stop-after"]
+    assert invoke(*command, "score").exit_code == 0
+    return [*command, "prune"]
+
+
+def stopped(invoke, command: list[str], root: Path) -> str:
+    """The message of a command that must fail and leave the finished stages as they are."""
+    before = contents(root)
+    result = invoke(*command)
+    assert result.exit_code == 2, result.stderr
+    after = contents(root)
+    assert {path: after.get(path) for path in before if path.name != "recipe.yaml"}.items() <= before.items()
+    assert not [path for path in after if "partial" in path.name]
+    return only_message(result)
+
+
+def test_a_folder_with_other_files(whole_model, refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert "holds files that Prunus did not write (thesis.txt). Give a new folder" in refused(whole_model)
+
+
+def test_an_empty_folder_stays(refused, tmp_path, whole_model):
+    (tmp_path / "run").mkdir()
+    assert "empty.txt" in refused(whole_model, data=write("", "empty.txt")(tmp_path))
+
+
+def test_an_output_that_is_a_file(whole_model, refused, tmp_path):
+    (tmp_path / "run").write_text("")
+    assert "run is a file; give a folder" in refused(whole_model)
+
+
+def test_a_folder_in_use(invoke, started, tmp_path):
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert "is in use by another prunus process" in stopped(invoke, started, tmp_path / "run")
+    assert invoke(*started).exit_code == 0
+
+
+def test_a_changed_recipe(invoke, started, tmp_path):
+    message = stopped(invoke, [*started, "--set", "measure.tokens=256"], tmp_path / "run")
+    assert "was made with another recipe (changed: measure.tokens, measure)" in message
+    assert "stages text, measure, score depend on" in message
+    assert "--redo" in message
+
+
+def test_an_impossible_goal_takes_no_results_away(invoke, started, tmp_path):
+    assert invoke(*started).exit_code == 0
+    command = ["prune", str(tmp_path / "run"), "--redo", "--arch", "hidden=40"]
+    assert "hidden must be a multiple of heads" in stopped(invoke, command, tmp_path / "run")
+    assert (tmp_path / "run" / "3-pruned" / "model.safetensors").exists()
+
+
+def test_a_changed_teacher(invoke, started, model, tmp_path):
+    rewrite(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    message = stopped(invoke, started, tmp_path / "run")
+    assert f"was made with other weights of {model}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("1-scores.safetensors", "1-scores.safetensors: not a file of Prunus, or damaged"),
+        ("0-text/train/tokens.npy", "0-text/train: not a folder of tokenised text, or a damaged one"),
+        ("run.json", "run.json: damaged"),
+        ("recipe.yaml", "recipe.yaml: "),
+    ],
+)
+def test_damaged_results_of_a_stage(invoke, started, tmp_path, name, words):
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:50])
+    assert words in stopped(invoke, started, tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------- disks
+
+
+@pytest.fixture
+def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+
+    def make(options: str) -> Path:
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a small disk is not permitted here")
+        return folder
+
+    with contextlib.suppress(FileNotFoundError):  # no `mount` on this system
+        yield make
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True) if folder.is_dir() else None
+
+
+def test_too_little_space_for_the_next_stage(invoke, started, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        message = stopped(invoke, started, tmp_path / "run")
+    assert re.search(r"run: the pruned model needs 0\.00 GB, but the disk has 0\.00 GB free\. Free some space", message)
+    assert "finished stages are kept" in message
+    assert invoke(*started).exit_code == 0
+
+
+def test_the_disk_fills_up_while_weights_are_written(invoke, started, tmp_path, monkeypatch):
+    def write_half(tensors: object, file: Path, **_: object) -> None:
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", write_half)
+        message = stopped(invoke, started, tmp_path / "run")
+    assert "3-pruned: the disk is full; nothing was left half-written. Free some space" in message
+    assert not (tmp_path / "run" / "3-pruned").exists()
+    assert invoke(*started).exit_code == 0
+
+
+@pytest.mark.parametrize("stop_after", ["text", "measure", "prune"])
+def test_a_full_disk(invoke, whole_model, corpus, mount, monkeypatch, stop_after):
+    disk = mount("size=3m")
+    command = ["compress", str(whole_model), *small_flags(corpus, disk / "run")]
+    before = STAGES[max(0, STAGES.index(stop_after) - 1)]
+    if stop_after != "text":
+        assert invoke(*command, "--stop-after", before).exit_code == 0
+    kept = contents(disk / "run")
+    free = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(bytes(free - 8192))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    result = invoke(*command, "--stop-after", stop_after)
+    assert result.exit_code == 2
+    assert "the disk is full" in only_message(result)
+    (disk / "filler").unlink()
+    assert contents(disk / "run").keys() == kept.keys()
+    assert (disk / "run").exists() == bool(kept)
+    assert invoke(*command, "--stop-after", stop_after).exit_code == 0
+
+
+def test_a_disk_that_cannot_be_written(invoke, whole_model, corpus, mount):
+    disk = mount("ro")
+    result = invoke("compress", str(whole_model), *small_flags(corpus, disk / "run"))
+    assert result.exit_code == 2
+    assert f"{disk / 'run'}: Read-only file system. Check the path and its permissions" in only_message(result)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(whole_model, refused, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert "Permission denied" in refused(whole_model)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_permission_lost_during_a_stage(invoke, started, tmp_path, monkeypatch):
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr(checkpoint, "save_file", denied)
+    message = stopped(invoke, started, tmp_path / "run")
+    assert "/some/file: Permission denied. Check the path and its permissions" in message
+
+
+def test_the_run_folder_is_listed_in_one_place():
+    """`contents` above would miss a stage whose file has another name than the run's table says."""
+    assert list(OUTPUTS) == list(STAGES)

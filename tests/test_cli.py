@@ -1,0 +1,209 @@
+"""Pulse: every command runs on a tiny model, says what it should, and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import add_tokenizer, make_text, small_flags
+from test_recipe import RECIPES
+from transformers import AutoModelForCausalLM
+
+from prunus import recipe
+from prunus.run import Run
+
+COMMANDS = ("compress", "inspect", "plan", "measure", "score", "search", "prune", "distill", "evaluate", "report")
+NO_SPEED = ("--set", "evaluate.speed=false")
+
+
+def done(result) -> str:
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def as_json(result) -> dict:
+    """All of stdout is one JSON value, and stderr has the lines of stages alone."""
+    assert not [line for line in result.stderr.splitlines() if not line.endswith(" s")]
+    return json.loads(done(result))
+
+
+@pytest.fixture(scope="module")
+def run_folder(whole_model, corpus, tmp_path_factory):
+    """A finished run, by one process of the real command."""
+    root = tmp_path_factory.mktemp("cli") / "run"
+    command = [sys.executable, "-m", "prunus", "compress", str(whole_model), *small_flags(corpus, root), *NO_SPEED]
+    finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert set(json.loads(finished.stdout)["files"]) == set(recipe.STAGES)
+    return root
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(invoke, command):
+    text = done(invoke(command, "--help"))
+    assert f"prunus {command}" in text
+    assert "--json" in text
+
+
+def test_help_lists_every_command(invoke):
+    text = done(invoke("--help"))
+    assert all(command in text for command in COMMANDS)
+
+
+def test_inspect(invoke, whole_model):
+    text = done(invoke("inspect", str(whole_model)))
+    assert "llama" in text
+    assert "residual stream" in text
+    facts = as_json(invoke("inspect", str(whole_model), "--json"))
+    model = AutoModelForCausalLM.from_pretrained(whole_model)
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["next_smaller"] == {"layers": 3, "hidden": 42, "ffn": 39, "heads": 3, "kv_heads": None}
+
+
+@pytest.mark.parametrize("budget", [("--params", "0.7x"), ("--memory", "0.8x"), ("--arch", "ffn=20,layers=3")])
+def test_plan_writes_nothing(invoke, whole_model, corpus, tmp_path, budget):
+    options = [*small_flags(corpus, tmp_path / "run", budget=budget)]
+    assert "Would write" in done(invoke("plan", str(whole_model), *options))
+    plan = as_json(invoke("plan", str(whole_model), *options, "--json"))
+    assert plan["training"]["tokens"] == 1024
+    assert plan["student"]["parameters"] < plan["teacher"]["parameters"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["measure", "score", "search", "prune"])
+def test_stages_alone(invoke, whole_model, corpus, tmp_path, stage):
+    found = as_json(invoke(stage, str(whole_model), *small_flags(corpus, tmp_path / "run"), "--json"))
+    assert list(found["files"]) == list(recipe.STAGES[: recipe.STAGES.index(stage) + 1])
+
+
+def test_an_explicit_architecture(invoke, whole_model, corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", budget=("--arch", "hidden=42,ffn=24,layers=3"))
+    assert "hidden=42" in done(invoke("prune", str(whole_model), *flags))
+    config = json.loads((tmp_path / "run" / "3-pruned" / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (42, 24, 3)
+
+
+def test_a_budget_of_memory(invoke, whole_model, corpus, tmp_path):
+    done(invoke("search", str(whole_model), *small_flags(corpus, tmp_path / "run", budget=("--memory", "0.7x"))))
+    budget = json.loads((tmp_path / "run" / "2-candidates.json").read_text())["budget"]
+    assert budget["unit"] == "bytes"
+    assert budget["planned"] == pytest.approx(budget["target"], rel=0.01)
+
+
+def test_stages_of_a_run_again(invoke, run_folder):
+    assert as_json(invoke("evaluate", str(run_folder), "--json"))["files"]["evaluate"]
+    assert "Distilled" in done(invoke("report", str(run_folder)))
+    again = as_json(invoke("distill", str(run_folder), "--tokens", "640", "--json"))
+    assert "evaluate" not in again["files"]
+    done(invoke("compress", str(run_folder)))
+    report = json.loads((run_folder / "5-report.json").read_text())
+    assert report["training"]["tokens"] == 640
+
+
+def test_the_run_folder_is_a_recipe(invoke, run_folder, tmp_path):
+    made = recipe.parse(recipe.read_yaml(run_folder / "recipe.yaml"), source="test")
+    assert made.params == "0.7x"
+    copied = as_json(invoke("score", str(run_folder / "recipe.yaml"), "--to", str(tmp_path / "run"), "--json"))
+    scores = [Run(root, made).scores for root in (run_folder, tmp_path / "run")]
+    assert copied["run"] == str(tmp_path / "run")
+    assert all((scores[0][axis] == scores[1][axis]).all() for axis in ("hidden", "ffn", "heads"))
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory):
+    """Enough for blocks of 512 tokens."""
+    return make_text(tmp_path_factory.mktemp("long") / "text.jsonl", 60, seed=3)
+
+
+def test_distill_any_model(invoke, whole_model, run_folder, long_text, tmp_path):
+    student = str(run_folder / "3-pruned")
+    options = [
+        "--teacher",
+        str(whole_model),
+        "--data",
+        str(long_text),
+        "--tokens",
+        "1024",
+        "--to",
+        str(tmp_path / "out"),
+    ]
+    found = as_json(invoke("distill", student, *options, "--set", "distill.seed=2", "--json"))
+    assert found == {"student": str(tmp_path / "out")}
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    again = invoke("distill", student, *options)
+    assert again.exit_code == 2
+    assert "is not empty" in again.stderr
+    lacking = invoke("distill", student, "--data", str(long_text))
+    assert lacking.exit_code == 2
+    assert "distill needs --teacher, --to" in lacking.stderr
+
+
+def test_evaluate_any_model(invoke, whole_model, run_folder, long_text):
+    model = str(run_folder / "4-distilled")
+    alone = as_json(invoke("evaluate", model, "--json"))
+    assert alone["prefill_tokens_per_second"] > 0
+    assert "perplexity" not in alone
+    options = ["--data", str(long_text), "--tokens", "1024"]
+    compared = as_json(invoke("evaluate", model, "--teacher", str(whole_model), *options, "--json"))
+    assert compared["kl_to_teacher"] > 0
+    assert compared["perplexity"] > 1
+    itself = as_json(invoke("evaluate", str(whole_model), "--teacher", str(whole_model), *options, "--json"))
+    assert itself["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert itself["top1_agreement"] == 1
+    assert "perplexity" in done(invoke("evaluate", model, *options))
+    wrong = invoke("evaluate", model, "--data", str(long_text), "--tokens", "10Q")
+    assert wrong.exit_code == 2
+    assert "tokens: '10Q' is not a quantity" in wrong.stderr
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_recipes_are_planned_on_a_model_of_ours(invoke, whole_model, tmp_path, file):
+    """A dry run of every recipe, with the model replaced by a tiny one."""
+    budget = ["--params", "0.7x", "--set", "data.block_size=32", "--to", str(tmp_path / "run")]
+    plan = as_json(invoke("plan", str(file), "--set", f"model={whole_model}", *budget, "--json"))
+    assert plan["training"]["steps"] > 0
+
+
+def test_a_gguf_file_is_opened_quietly(invoke, tmp_path, monkeypatch, capsys):
+    """Including the first time, when transformers dequantises it and shows a bar of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_gguf(tmp_path / "tiny.gguf", tmp_path)
+    capsys.readouterr()
+    for _ in range(2):
+        result = invoke("inspect", str(tmp_path / "tiny.gguf"), "--json")
+        assert result.stderr == ""
+        assert as_json(result)["architecture"]["hidden"] == 32
+
+
+def make_gguf(file, folder) -> None:
+    """A Llama of one layer with random weights and a byte-level vocabulary."""
+    import gguf
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    add_tokenizer(folder / "tokenizer")
+    spec = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(40)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(spec["vocab"]))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(spec["vocab"], key=spec["vocab"].get))
+    writer.add_token_types([1] * len(spec["vocab"]))
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in spec["merges"]])
+    for role in ("bos", "eos", "unk"):
+        getattr(writer, f"add_{role}_token_id")(0)
+    shapes = {"token_embd": (len(spec["vocab"]), 32), "output_norm": (32,), "output": (len(spec["vocab"]), 32)}
+    layer = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "attn_norm": (32,),
+             "ffn_gate": (40, 32), "ffn_up": (40, 32), "ffn_down": (32, 40), "ffn_norm": (32,)}  # fmt: skip
+    for name, shape in (shapes | {f"blk.0.{part}": shape for part, shape in layer.items()}).items():
+        writer.add_tensor(f"{name}.weight", generator.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

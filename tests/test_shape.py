@@ -1,0 +1,105 @@
+"""The shape of the code: a module imports only what stands above it, and the package shows the names it promises."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prunus as pr
+
+PACKAGE = Path(pr.__file__).parent
+LAYERS = """
+    errors architecture families.family families._decoder families
+    families.gemma3_text families.llama families.mistral families.qwen2 families.qwen3
+    cost hardware layerwise checkpoint documents text scores measure importance
+    selection repair refit prune losses fused distill evaluate tasks
+    budget search formats pictures verdict report
+    console recipe run results inspection planning standalone pipeline cli __main__
+"""
+ORDER = re.split(r"\s+", LAYERS.strip())
+"""A module imports only from modules before it. `families` is its __init__, which finds the files by their names."""
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide what stands above"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name.removeprefix("prunus.") in ORDER else str(node.module) for name in inside}
+    return {name.removeprefix("prunus.") for name in found if name.startswith("prunus.")}
+
+
+MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"}
+
+
+def test_every_module_has_its_place():
+    assert sorted(MODULES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_stands_above_it(module):
+    below = {name for name in imported(MODULES[module]) if ORDER.index(name) >= ORDER.index(module)}
+    assert not below
+
+
+def test_algorithms_never_name_a_family():
+    """Family knowledge is data: only the files in families/ know model types."""
+    types = {module.removeprefix("families.") for module in ORDER if module.startswith("families.")}
+    types -= {"family", "_decoder"}
+    for module, file in MODULES.items():
+        strings = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        assert module.startswith("families.") or not types & strings, module
+
+
+def test_the_promised_names_are_there():
+    promised = {"load", "measure", "score", "search", "prune", "distill", "quality", "compress"}
+    assert promised <= set(pr.__all__)
+    assert set(pr.__all__) <= set(dir(pr))
+    assert all(callable(getattr(pr, name)) for name in pr.__all__)
+    assert set(pr.__all__) == set(pr._HOME)
+
+
+@pytest.mark.parametrize("name", ["documents", "measure", "search", "prune", "distill"])
+def test_functions_are_not_hidden_by_their_modules(name):
+    """`prunus.measure` is the function, before and after its module is imported in any way; both spellings agree."""
+    program = f"""
+import sys, types
+import prunus as pr
+from prunus.{name} import {name} as direct
+import prunus.{name}
+from prunus import {name} as public
+assert isinstance(sys.modules["prunus.{name}"], types.ModuleType)
+assert isinstance(public, types.FunctionType)
+assert public is direct is pr.{name} is sys.modules["prunus.{name}"].{name}
+"""
+    exec(program, {})
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="module 'prunus' has no attribute 'mesure'"):
+        _ = pr.mesure
+
+
+def test_importing_is_light():
+    """Help, version and completion must not wait for torch and transformers, nor run any code of theirs."""
+    program = """
+import sys
+import prunus, prunus.cli
+assert not {"torch", "transformers", "datasets", "numpy"} & set(sys.modules), "heavy imports"
+import prunus as pr
+assert callable(pr.measure) and "torch" in sys.modules
+from prunus.measure import measure
+assert measure is pr.measure
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
