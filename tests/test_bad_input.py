@@ -217,7 +217,7 @@ def test_a_gguf_that_is_not_there(refused, tmp_path):
         ("--memory", "1TB", "is not a quantity"),
         ("--memory", "1GB", "but the teacher has"),
         ("--params", "0.7", "did you mean 0.7x"),
-        ("--memory", "0", "less than one"),
+        ("--memory", "0", "but the teacher has"),
         ("--params", "some", "'some' is not a quantity such as 200k, 95M or 180MB, nor a share"),
         ("--arch", "hidden=40", "hidden must be a multiple of heads"),
         ("--arch", "kv_heads=2,heads=5", "heads must be a multiple of kv_heads"),

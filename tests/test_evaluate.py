@@ -150,7 +150,9 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16() -> None:
     hidden, head = torch.randn(8, 64).bfloat16(), torch.randn(VOCAB, 64).bfloat16()
     found = evaluate._logits(hidden, head, None)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), hidden.double() @ head.double().t(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        found.double(), hidden.double() @ head.double().t(), rtol=0, atol=5e-4
+    )  # bf16 would be 0.06 off
 
 
 def test_bf16_model_is_evaluated() -> None:

@@ -67,7 +67,7 @@ def check_amount(text: str) -> str:
         number = parse_quantity(text)
     except ValueError as error:
         raise ValueError(f"{error}, nor a share of the teacher such as 0.7x") from error
-    if number < 1:
+    if 0 < number < 1:
         raise ValueError(f"{text!r} is less than one; did you mean {text.strip()}x, a share of the teacher?")
     return text
 

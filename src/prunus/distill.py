@@ -154,7 +154,7 @@ def distill(
 
     # 2. Where an earlier, killed run left off.
     key = _key(student, teacher, blocks, settings, random_init, dtype)
-    saved = to.with_name(f".{to.name}.training.safetensors")
+    saved = training_state(to)
     curve, seconds_before = _restore(saved, key, masters, optimizer)
 
     # 3. The steps.
@@ -178,6 +178,11 @@ def distill(
     written = save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
     saved.unlink(missing_ok=True)
     return written
+
+
+def training_state(to: Path) -> Path:
+    """Where an unfinished run keeps its weights and Adam's state: beside its result."""
+    return to.with_name(f".{to.name}.training.safetensors")
 
 
 def training_record(schedule: Plan, curve: list[dict[str, float]], seconds: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, qualities, samples, speed
 from prunus.prune import KEPT_FILE, build, cut
 from prunus.recipe import STAGES
-from prunus.run import BASELINE, Run
+from prunus.run import BASELINE, Run, read_json
 from prunus.search import Candidate, Search
 from prunus.tasks import local_task_from_dict, run_tasks
 from prunus.text import Blocks
@@ -144,7 +143,7 @@ def _models(run: Run) -> tuple[dict[str, PreTrainedModel], dict[str, tuple[int, 
 
 def collect(run: Run) -> dict[str, Any]:
     """5-report.json: all that the stages which ran have to say."""
-    evaluation = json.loads(run.path("evaluate").read_text()) if run.finished("evaluate") else {}
+    evaluation = read_json(run.path("evaluate")) if run.finished("evaluate") else {}
     searched = run.candidates if run.finished("search") else None
     student = run.distilled if run.finished("distill") else run.pruned if run.finished("prune") else None
     training = _training(run)
@@ -200,7 +199,7 @@ def show(run: Run) -> None:
         table = Table(box=None, header_style="bold")
         for heading in ("", "parameters", "perplexity", "bits/byte", "KL", "top-1"):
             table.add_column(heading, no_wrap=True, justify="left" if not heading else "right")
-        for model in json.loads(run.path("evaluate").read_text())["models"]:
+        for model in read_json(run.path("evaluate"))["models"]:
             table.add_row(
                 model["label"],
                 f"{model['parameters'] / 1e6:,.1f}M",
@@ -256,7 +255,7 @@ def _scores(run: Run) -> dict[str, Any]:
 
 
 def _kept(run: Run) -> dict[str, Any]:
-    kept = json.loads((run.path("prune") / KEPT_FILE).read_text())["kept"]
+    kept = read_json(run.path("prune") / KEPT_FILE)["kept"]
     return {
         "layers": kept["layers"],
         "hidden": kept["hidden"],
@@ -274,4 +273,4 @@ def _training(run: Run) -> dict[str, Any] | None:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / TRAINING_FILE).read_text())
+    return read_json(folder / TRAINING_FILE)

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from prunus import console
 from prunus import recipe as recipes
 from prunus.checkpoint import Checkpoint, atomic_file, load, verify_weights
+from prunus.distill import training_state
 from prunus.errors import BadOutput, PrunusError
 from prunus.measure import Statistics, load_statistics
 from prunus.recipe import STAGES, Recipe
@@ -242,7 +243,7 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
 
 
 def _begun(output: Path) -> bool:
-    return output.exists() or _training_state(output).exists()
+    return output.exists() or training_state(output).exists()
 
 
 def _changed_keys(stage: str, old: Recipe, new: Recipe) -> list[str]:
@@ -260,12 +261,7 @@ def _remove(root: Path, names: tuple[str, ...]) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True) if path.is_file() else None
-        _training_state(path).unlink(missing_ok=True)
-
-
-def _training_state(result: Path) -> Path:
-    """Where `distill.distill` keeps its state until the result is there."""
-    return result.with_name(f".{result.name}.training.safetensors")
+        training_state(path).unlink(missing_ok=True)
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -274,4 +270,4 @@ def _remove_leftovers(root: Path) -> None:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     for name in (*OUTPUTS["distill"], BASELINE):
         if (root / name).exists():
-            _training_state(root / name).unlink(missing_ok=True)
+            training_state(root / name).unlink(missing_ok=True)
