@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import io
@@ -33,8 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from prunus import cost, hardware
 from prunus.architecture import Architecture, from_config
-from prunus.errors import BadCheckpoint, BadOutput, UnsupportedModel
+from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, family_of
+from prunus.files import atomic_folder
 
 SHARD_BYTES = 4 * 1000**3
 INDEX = "model.safetensors.index.json"
@@ -175,52 +175,6 @@ def save(
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text)
     return _open_folder(folder, name=str(folder))
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all: written beside, then renamed.
-
-    Raises:
-        BadOutput: the disk is full.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with full_disk_is_an_error(folder):
-            partial.mkdir(parents=True)
-            yield partial
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def atomic_file(file: Path) -> Iterator[Path]:
-    """A file that appears whole or not at all. Raises BadOutput when the disk is full."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with full_disk_is_an_error(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def full_disk_is_an_error(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
-        if not full:
-            raise
-        raise BadOutput(
-            f"{target}: the disk is full; nothing was left half-written. Free some space and run the command again."
-        ) from error
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> None:

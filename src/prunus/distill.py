@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunus import hardware
-from prunus.checkpoint import Checkpoint, atomic_file, save
+from prunus.checkpoint import Checkpoint, save
 from prunus.errors import BadData, BadOutput
+from prunus.files import atomic_file
 from prunus.fused import Head, forward_kl
 from prunus.text import Blocks, batch_indices, targets
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from prunus import architecture, console, cost, hardware, importance, results, text
 from prunus.budget import parse_budget
-from prunus.checkpoint import atomic_file
 from prunus.distill import Progress, Settings, distill
 from prunus.documents import documents, is_held_out, shuffled
 from prunus.errors import BadRecipe
+from prunus.files import atomic_file
 from prunus.measure import measure, save_statistics, with_leave_one_out
 from prunus.prune import prune
 from prunus.recipe import STAGES, Data, Recipe

@@ -15,7 +15,7 @@ import yaml
 
 from prunus import formats, pictures
 from prunus.architecture import AXES
-from prunus.checkpoint import atomic_file
+from prunus.files import atomic_file
 from prunus.verdict import Report, cautions, compared, complete, evaluated, final_stage, grade, verdict
 
 CANDIDATES_SHOWN = 12

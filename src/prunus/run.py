@@ -24,9 +24,10 @@ from filelock import FileLock, Timeout
 
 from prunus import console
 from prunus import recipe as recipes
-from prunus.checkpoint import Checkpoint, atomic_file, load, verify_weights
+from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import training_state
 from prunus.errors import BadOutput, PrunusError
+from prunus.files import atomic_file
 from prunus.measure import Statistics, load_statistics
 from prunus.recipe import STAGES, Recipe
 from prunus.scores import Scores, load_scores

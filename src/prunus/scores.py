@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunus.checkpoint import atomic_file
 from prunus.errors import BadCheckpoint
+from prunus.files import atomic_file
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prunus.checkpoint import atomic_folder
 from prunus.errors import BadData, UnsupportedModel
+from prunus.files import atomic_folder
 
 MIN_BLOCKS = 2  # one to train on and one to judge by
 PIECE_CHARACTERS = 250_000  # of one call to the tokenizer: its lists of offsets take ~100 bytes per token
