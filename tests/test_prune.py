@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import prunus as pr
 from prunus import cost
-from prunus.checkpoint import Checkpoint
-from prunus.errors import BudgetUnreachable
+from prunus.checkpoint import Checkpoint, save
+from prunus.errors import BadCheckpoint, BudgetUnreachable
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import KEPT_FILE, build, cut, prune, repaired
@@ -140,4 +140,15 @@ def test_illegal_architecture_is_refused_with_the_reason(llama, blocks, tmp_path
     ]:
         with pytest.raises(BudgetUnreachable, match=reason):
             prune(llama, scores, llama.architecture.replace(**sizes), to=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_loads_otherwise_is_not_kept(llama, tmp_path):
+    """Biases that the config does not announce: transformers would leave them out without a word."""
+    sizes = llama.architecture
+    biases = {
+        f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(sizes.size("heads")) for layer in range(sizes.layers)
+    }
+    with pytest.raises(BadCheckpoint, match=r"q_proj\.bias otherwise"):
+        save(tmp_path / "out", llama.config, dict(llama.tensors()) | biases, like=llama)
     assert list(tmp_path.iterdir()) == []

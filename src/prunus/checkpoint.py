@@ -159,22 +159,37 @@ def save(
     like: Checkpoint,
     extra_files: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Write a plain checkpoint beside `folder`, then rename it there.
+    """Write a plain checkpoint beside `folder`, load it with transformers, compare, and only then rename it there.
 
     Args:
         config: of the model that `tensors` belong to.
         tensors: every parameter, a tied head left out.
         like: the model whose tokenizer, chat template and generation config go along.
         extra_files: more text files, name → content.
+    Raises:
+        BadCheckpoint: what transformers loads is not, bit for bit, what was meant. BadOutput: the disk is full.
     """
     with atomic_folder(folder) as partial:
         _write_model(partial, config, tensors)
+        _compare(_open_folder(partial, name=str(folder)).module(), tensors, name=str(folder))
         for pattern in COPIED_FILES:
             for file in like.folder.glob(pattern):
                 shutil.copy(file, partial)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text)
     return _open_folder(folder, name=str(folder))
+
+
+def _compare(loaded: PreTrainedModel, tensors: Mapping[str, Tensor], *, name: str) -> None:
+    found = dict(loaded.named_parameters())
+    wrong = sorted(found.keys() ^ tensors.keys()) or [
+        tensor for tensor, value in tensors.items() if not torch.equal(found[tensor], value.to("cpu"))
+    ]
+    if wrong:
+        raise BadCheckpoint(
+            f"{name}: transformers loads {wrong[0]} otherwise than it was written ({len(wrong)} tensors in all). "
+            "This is a fault of Prunus or of the installed transformers; nothing was kept. Please report it."
+        )
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> None:

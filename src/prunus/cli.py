@@ -56,22 +56,25 @@ def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) ->
     if file is not None and not file.is_file():
         raise BadRecipe(f"{file}: no such recipe")
     values = {"model": source} if file is None else recipe.read_yaml(file)
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise BadRecipe(f"--set {setting!r}: write KEY=VALUE, such as distill.learning_rate=1e-4")
-        changes[key] = _value(setting, value)
+    changes |= _settings(settings)
     budget = [key for key in ("params", "memory", "arch") if changes.get(key) is not None]
     if budget:  # a budget on the command line replaces the recipe's, of whatever kind
         values = {key: value for key, value in values.items() if key not in ("params", "memory", "arch")}
     return recipe.parse(recipe.override(values, changes), source=str(file or "command line"))
 
 
-def _value(setting: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise BadRecipe(f"--set {setting!r}: the value is not YAML: {error}") from error
+def _settings(settings: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` options, the values read as YAML."""
+    values = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise BadRecipe(f"--set {setting!r}: write KEY=VALUE, such as distill.learning_rate=1e-4")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadRecipe(f"--set {setting!r}: the value is not YAML: {error}") from error
+    return values
 
 
 def _run(
@@ -203,9 +206,7 @@ def distill(
     missing = [name for name, value in (("--teacher", teacher), ("--data", data), ("--to", to)) if value is None]
     if missing:
         raise BadRecipe(f"distill needs {', '.join(missing)}")
-    values = {
-        setting.partition("=")[0].removeprefix("distill."): setting.partition("=")[2] for setting in settings or []
-    }
+    values = {key.removeprefix("distill."): value for key, value in _settings(settings).items()}
     written = standalone.distill(student, str(teacher), str(data), tokens=tokens, settings=values, to=Path(str(to)))
     typer.echo(json.dumps({"student": str(written)}) if as_json else f"Wrote {written}")
 

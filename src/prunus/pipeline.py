@@ -119,9 +119,8 @@ def _search(run: Run) -> None:
     """Find the architecture, unless the recipe names it."""
     recipe = run.recipe
     if recipe.arch is not None:
-        write_json(
-            run.path("search"), results.explicit(run.teacher, architecture.parse(recipe.arch, run.teacher.architecture))
-        )
+        named = architecture.parse(recipe.arch, run.teacher.architecture)
+        write_json(run.path("search"), results.explicit(run.teacher, named))
         return
     budget = parse_budget(run.teacher, params=recipe.params, memory=recipe.memory)
     with console.bar("probes and candidates", unit="models") as step:
@@ -197,8 +196,8 @@ def _report(run: Run) -> None:
     write_report(report, run.root / "report.html")
     for stage in ("prune", "distill"):
         if run.finished(stage):
-            with atomic_file(run.path(stage) / "README.md") as partial:
-                partial.write_text(model_card(report))
+            with atomic_file(run.path(stage) / "README.md") as card:
+                card.write_text(model_card(report))
 
 
 RUN_STAGE: dict[str, Callable[[Run], None]] = {
