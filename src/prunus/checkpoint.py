@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -34,7 +33,7 @@ from prunus import cost, hardware
 from prunus.architecture import Architecture, from_config
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, family_of
-from prunus.files import atomic_folder
+from prunus.files import atomic_folder, save_file
 
 SHARD_BYTES = 4 * 1000**3
 INDEX = "model.safetensors.index.json"

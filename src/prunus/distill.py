@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunus import hardware
 from prunus.checkpoint import Checkpoint, save
 from prunus.errors import BadData, BadOutput
-from prunus.files import atomic_file
+from prunus.files import atomic_file, save_file
 from prunus.fused import Head, forward_kl
 from prunus.text import Blocks, batch_indices, targets
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from prunus.errors import BadOutput
 
@@ -57,3 +60,11 @@ def full_disk_is_an_error(target: Path) -> Iterator[None]:
         raise BadOutput(
             f"{target}: the disk is full; nothing was left half-written. Free some space and run the command again."
         ) from error
+
+
+def save_file(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file that others may read, as far as the umask lets them; the library makes it private."""
+    safetensors.torch.save_file(dict(tensors), file, metadata=dict(metadata))
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunus.errors import BadCheckpoint
-from prunus.files import atomic_file
+from prunus.files import atomic_file, save_file
 
 
 @dataclass(frozen=True)
