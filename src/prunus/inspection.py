@@ -17,7 +17,7 @@ AXIS_MEANING = {
     "hidden": "channels of the residual stream",
     "ffn": "neurons per feed-forward block",
     "heads": "query heads per layer",
-    "kv_heads": "key-value groups per layer",
+    "kv_heads": "key-value groups per layer; each leaves with its query heads",
 }
 
 
@@ -27,10 +27,16 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def next_smaller(checkpoint: Checkpoint, axis: str) -> int | None:
-    """The largest legal size of an axis below the present one, the others as they are; None if there is none."""
+    """The largest legal size of an axis below the present one, the others as they are; None if there is none.
+
+    A key-value group leaves with its query heads.
+    """
     sizes = checkpoint.architecture
     for size in range(getattr(sizes, axis) - 1, 0, -1):
-        if not illegal_cut(checkpoint.family, sizes, sizes.replace(**{axis: size})):
+        changes = {axis: size}
+        if axis == "kv_heads":
+            changes["heads"] = size * sizes.heads // sizes.kv_heads
+        if not illegal_cut(checkpoint.family, sizes, sizes.replace(**changes)):
             return size
     return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from prunus import architecture, console, cost, hardware, importance, results, text
 from prunus.budget import parse_budget
 from prunus.distill import Progress, Settings, distill
-from prunus.documents import documents, is_held_out, shuffled
+from prunus.documents import HUB_ID, documents, is_held_out, shuffled
 from prunus.errors import BadRecipe
 from prunus.files import atomic_file
 from prunus.measure import measure, save_statistics, with_leave_one_out
@@ -60,7 +60,7 @@ def _text(run: Run) -> None:
     """Tokenise the training and the held-out text into packed blocks."""
     data, tokenizer = run.recipe.data, run.teacher.tokenizer()
     limit = run.recipe.distill.tokens and max(run.recipe.distill.tokens, run.recipe.measure.tokens)
-    if limit is None and not Path(data.train).exists():
+    if limit is None and not Path(data.train).exists() and HUB_ID.fullmatch(data.train):
         raise BadRecipe(f"data.train: {data.train!r} is on the hub; say how much of it to read (--tokens 10M)")
     heldout = partial(_side, data, held_out=True) if data.heldout is None else partial(_all, data.heldout, data)
     train = partial(_side, data, held_out=False) if data.heldout is None else partial(_all, data.train, data)
