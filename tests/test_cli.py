@@ -56,7 +56,7 @@ def test_inspect(invoke, whole_model):
     facts = as_json(invoke("inspect", str(whole_model), "--json"))
     model = AutoModelForCausalLM.from_pretrained(whole_model)
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert facts["next_smaller"] == {"layers": 3, "hidden": 42, "ffn": 39, "heads": 3, "kv_heads": None}
+    assert facts["next_smaller"] == {"layers": 3, "hidden": 42, "ffn": 39, "heads": 3, "kv_heads": 2}
 
 
 @pytest.mark.parametrize("budget", [("--params", "0.7x"), ("--memory", "0.8x"), ("--arch", "ffn=20,layers=3")])
