@@ -12,6 +12,7 @@ from prunus import recipe
 from prunus.errors import BadOutput
 from prunus.pipeline import compress
 from prunus.run import OUTPUTS
+from prunus.text import batch_indices
 
 
 def make_recipe(model: Path, corpus: Path, to: Path, **changes: object) -> recipe.Recipe:
@@ -73,6 +74,15 @@ def test_stages_run_alone_from_the_command_line(whole_model, corpus, tmp_path, i
     assert "ffn: magnitude" in (tmp_path / "run" / "recipe.yaml").read_text()
     assert invoke("prune", str(tmp_path / "run")).exit_code == 0
     assert (tmp_path / "run" / "3-pruned" / "model.safetensors").exists()
+
+
+def test_training_begins_with_text_that_the_repair_has_not_seen(run):
+    calibration = {tuple(row) for row in run.calibration.tokens.tolist()}
+    settings = run.recipe.distill
+    steps = settings.tokens // settings.batch_tokens
+    blocks = [index for step in range(steps) for index in batch_indices(step, 4, len(run.train), settings.seed)]
+    assert len(blocks) == settings.tokens // run.recipe.data.block_size
+    assert not any(tuple(row) in calibration for row in run.train.tokens[blocks].tolist())
 
 
 def test_single_document_text_is_split_by_its_length(whole_model, tmp_path):

@@ -59,7 +59,7 @@ def _check_goal(run: Run) -> None:
 def _text(run: Run) -> None:
     """Tokenise the training and the held-out text into packed blocks."""
     data, tokenizer = run.recipe.data, run.teacher.tokenizer()
-    limit = run.recipe.distill.tokens and max(run.recipe.distill.tokens, run.recipe.measure.tokens)
+    limit = run.recipe.distill.tokens and run.recipe.distill.tokens + run.recipe.measure.tokens
     if limit is None and not Path(data.train).exists() and HUB_ID.fullmatch(data.train):
         raise BadRecipe(f"data.train: {data.train!r} is on the hub; say how much of it to read (--tokens 10M)")
     heldout = partial(_side, data, held_out=True) if data.heldout is None else partial(_all, data.heldout, data)
