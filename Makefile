@@ -25,11 +25,13 @@ test: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/demo
+# The demo comes first, and then its shape from random weights on the same tokens.
+bench: demo
+	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL) --baseline
 	$(BIN)/python benchmarks/head_loss.py
 	$(BIN)/python benchmarks/measure.py $(MODEL)
 	$(BIN)/python benchmarks/kill.py 10
-	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt --calibration-blocks 128
+	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt --calibration-blocks 96 --cuts ffn:768,hidden:504
 
 clean:
 	rm -rf .venv demo

@@ -21,10 +21,10 @@ from prunus.prune import build, cut, repaired
 
 HELD_OUT_BLOCKS = 40
 CUTS = {
-    "ffn=768": [("plain", "activation"), ("repaired", "activation"), ("repaired", "reconstruction")],
-    "ffn=1024": [("plain", "activation"), ("repaired", "activation")],
+    "ffn=768": [("plain", "activation"), ("repaired", "reconstruction")],
+    "ffn=1024": [("plain", "activation"), ("repaired", "activation"), ("repaired", "reconstruction")],
     "hidden=540": [("plain", "norm_output"), ("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
-    "hidden=504": [("plain", "norm_output"), ("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
+    "hidden=504": [("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
     "layers=24": [("plain", "block_influence"), ("repaired", "block_influence")],
     "heads=6": [("plain", "output"), ("repaired", "output")],
 }
