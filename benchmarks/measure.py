@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import prunus as pr
-from prunus import hardware, text
+from prunus import attention, hardware, text
 from prunus.measure import leave_one_out, measure
 
 ROUNDS = 3
@@ -58,9 +58,10 @@ def main() -> None:
 
 @torch.no_grad()
 def plain(model: PreTrainedModel, blocks: text.Blocks) -> None:
-    for start in range(0, len(blocks), BATCH_BLOCKS):
-        tokens, _ = blocks.batch(list(range(start, min(start + BATCH_BLOCKS, len(blocks)))))
-        model(input_ids=tokens, labels=tokens, use_cache=False)
+    with attention.uninstalled([model]):
+        for start in range(0, len(blocks), BATCH_BLOCKS):
+            tokens, _ = blocks.batch(list(range(start, min(start + BATCH_BLOCKS, len(blocks)))))
+            model(input_ids=tokens, labels=tokens, use_cache=False)
 
 
 def timed(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:

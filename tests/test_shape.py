@@ -14,7 +14,7 @@ PACKAGE = Path(pr.__file__).parent
 LAYERS = """
     errors architecture families.family families._decoder families
     families.gemma3_text families.llama families.mistral families.qwen2 families.qwen3
-    cost files hardware layerwise checkpoint documents text scores measure importance
+    cost files attention hardware layerwise checkpoint documents text scores measure importance
     selection repair refit prune losses fused distill evaluate tasks
     budget search formats pictures verdict report
     console recipe run results inspection planning standalone pipeline cli __main__

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunus import hardware
+from prunus import attention, hardware
 from prunus.errors import BadCheckpoint, BadData
 from prunus.text import Blocks, targets
 
@@ -131,10 +131,11 @@ def speed(
     """Prefill and greedy decoding rate of each model, medians over `repeats`.
 
     After a warm-up of each, the models take turns (A B A B), so that a busy moment of the machine hits all of them.
-    The decode rate excludes the prefill; the prompt is random tokens, the same for all.
+    The decode rate excludes the prefill; the prompt is random tokens, the same for all. Models run as transformers
+    alone runs them, which is what a user of the checkpoint will see.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with evaluation_mode(models.values()), torch.inference_mode():
+    with attention.uninstalled(models.values()), evaluation_mode(models.values()), torch.inference_mode():
         for model in models.values():
             _prefill_and_decode_seconds(model, prompt_tokens, new_tokens=2)
         for _ in range(repeats):
