@@ -29,6 +29,7 @@ check: .venv/installed
 bench: demo
 	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL) --baseline
 	$(BIN)/python benchmarks/head_loss.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/measure.py $(MODEL)
 	$(BIN)/python benchmarks/kill.py 10
 	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt --calibration-blocks 96 --cuts ffn:768,hidden:504

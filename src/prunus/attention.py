@@ -60,9 +60,7 @@ class _Attend(torch.autograd.Function):
     """Backward computes the probabilities again, so that only q, k and v are kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, mask: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(q_BASD, k_BGSD, v_BGSD, mask)
         ctx.scale = scale
         batch, heads, length, _ = q_BASD.shape
@@ -75,7 +73,7 @@ class _Attend(torch.autograd.Function):
         return out_BSAD
 
     @staticmethod
-    def backward(ctx: Any, grad_BSAD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BSAD: Tensor) -> tuple[Tensor | None, ...]:
         q_BASD, k_BGSD, v_BGSD, mask = ctx.saved_tensors
         heads, length = q_BASD.shape[1:3]
         dq_BASD = torch.empty_like(q_BASD)
