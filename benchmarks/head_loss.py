@@ -38,8 +38,8 @@ def make(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def ours(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
-    heads = fused.Head(student), fused.Head(teacher)
-    fused.forward_kl(hidden, heads[0], teacher_hidden, heads[1], num_tokens=len(hidden)).backward()
+    targets = fused.Dense(teacher_hidden, fused.Head(teacher))
+    fused.divergence("forward_kl", hidden, fused.Head(student), targets, num_tokens=len(hidden)).backward()
 
 
 def ours_far(*inputs: Tensor) -> None:
@@ -58,7 +58,7 @@ def plain_torch(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher
 
 def reference(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
     logits = losses.head_logits(hidden, student), losses.head_logits(teacher_hidden, teacher)
-    losses.forward_kl(*logits, num_tokens=len(hidden)).backward()
+    losses.divergence("forward_kl", *logits, num_tokens=len(hidden)).backward()
 
 
 def floor(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:

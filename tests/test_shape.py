@@ -15,7 +15,7 @@ LAYERS = """
     errors architecture families.family families._decoder families
     families.gemma3_text families.llama families.mistral families.qwen2 families.qwen3
     cost files attention hardware layerwise checkpoint documents text scores measure importance
-    selection repair refit prune losses fused distill evaluate tasks
+    selection repair refit prune losses kernels fused distill evaluate tasks
     budget search formats pictures verdict report
     console recipe run results inspection planning standalone pipeline cli __main__
 """

@@ -24,7 +24,7 @@ from prunus import hardware
 from prunus.checkpoint import Checkpoint, save
 from prunus.errors import BadData, BadOutput
 from prunus.files import atomic_file, save_file
-from prunus.fused import Head, forward_kl
+from prunus.fused import Dense, Head, divergence
 from prunus.text import Blocks, batch_indices, targets
 
 TRAINING_FILE = "training.json"
@@ -269,11 +269,11 @@ def _accumulate(
         with torch.no_grad():
             teacher_BSE = teacher.base_model(**inputs).last_hidden_state
         student_BSH = student.base_model(**inputs).last_hidden_state
-        part = forward_kl(
+        part = divergence(
+            "forward_kl",
             student_BSH.flatten(0, 1),
             _head(student),
-            teacher_BSE.flatten(0, 1),
-            _head(teacher),
+            Dense(teacher_BSE.flatten(0, 1), _head(teacher)),
             num_tokens=num_tokens,
             temperature=settings.temperature,
             mask_N=mask_BS[micro].flatten().to(student.device),

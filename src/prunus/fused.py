@@ -1,7 +1,11 @@
-"""Forward KL from hidden states: chunked, gradients in the forward pass, [tokens, vocabulary] never whole.
+"""The losses from hidden states: chunked, gradients in the forward pass, [tokens, vocabulary] never whole.
+
+The readable twins are in `losses`, on `losses.head_logits(...)`. Logits and softmax are fp32 always; G, the gradient to
+the logits, is rounded to the dtype of the hidden states for its two GEMMs. With bf16 that costs about 0.2 % of the
+gradient however near the student is to its teacher, where bf16 logits cost up to 34 %.
 
 N tokens · C of a chunk · R of a row block · r of those in the cache · V vocabulary · v a block of it · D hidden
-channels of the student, E of the teacher. The readable twin is `losses.forward_kl(losses.head_logits(...), ...)`.
+channels of the student, E of the teacher · K kept ids or samples of a token.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prunus import losses
+from prunus import kernels, losses
+from prunus.kernels import KERNELS, Kernel, Samples, TopK
 
 CHUNK_TOKENS = 1024
 """Tokens whose G is kept at once. Fewer cost passes over the [V, D] gradient of the head, more cost memory."""
@@ -45,6 +50,166 @@ class Head:
     scale: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The teacher's whole distribution: its states after the last norm, [N, E], and its head."""
+
+    hidden_NE: Tensor
+    head: Head
+
+    def __len__(self) -> int:
+        return len(self.hidden_NE)
+
+    def masked(self, mask_N: Tensor) -> Dense:
+        return dataclasses.replace(self, hidden_NE=self.hidden_NE[mask_N])
+
+
+Targets = Dense | TopK | Samples
+"""What a student is trained on: all that a loss needs of the teacher."""
+
+
+def divergence(
+    kind: str,
+    hidden_ND: Tensor,
+    student: Head,
+    targets: Targets,
+    *,
+    num_tokens: int,
+    temperature: float = 1.0,
+    mix: float = 0.5,
+    mask_N: Tensor | None = None,
+    label_N: Tensor | None = None,
+    cross_entropy_share: float = 0.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Divergence between teacher and student, with gradients to the student's hidden states and head.
+
+        L = (1 − c) · divergence + c · cross-entropy,   dH = G W,   dW = Gᵀ H,   db = Σ_n G
+
+    Everything is read in the dtype of the student's hidden states, as under autocast. A head that does not require
+    grad gets no dW. Nothing flows to the teacher. One backward pass only: it spends the gradients.
+
+    Args:
+        kind: key of `losses.DIVERGENCES`; of `TopK` and `Samples` only "forward_kl" can be computed.
+        hidden_ND: the student's states after the last norm; bf16 or fp32.
+        student: its head; vocabularies of different size are cut to the ids they share.
+        targets: the teacher on the same tokens.
+        num_tokens: valid tokens of the whole step, over all micro-batches and ranks.
+        temperature: T > 0; T² on the divergence, T on its gradient. The cross-entropy is always at T = 1.
+        mix: as in `losses.divergence`.
+        mask_N: bool [N], True for the tokens that count; None counts all.
+        label_N: the id that follows each position, int64; read where `cross_entropy_share` is not 0.
+        cross_entropy_share: c in [0, 1].
+        chunk_tokens: tokens whose G is kept at once, `chunk_tokens` × V × 2 bytes in bf16.
+    Returns:
+        float32 scalar.
+    Raises:
+        ValueError: different numbers of tokens, num_tokens < 1, temperature <= 0, mix or cross_entropy_share out of
+            range, chunk_tokens < 1, or a divergence that these targets do not give.
+    """
+    losses.check_arguments(len(hidden_ND), len(targets), mask_N, num_tokens, temperature, mix)
+    _check(kind, targets, len(student.weight_VD), label_N, cross_entropy_share, chunk_tokens)
+    if mask_N is not None:
+        hidden_ND, targets = hidden_ND[mask_N], targets.masked(mask_N)
+        label_N = None if label_N is None else label_N[mask_N]
+    # Under no_grad the Function would not know, and compute gradients for nobody.
+    needs = [
+        torch.is_grad_enabled() and value is not None and value.requires_grad
+        for value in (hidden_ND, student.weight_VD, student.bias_V)
+    ]
+    labels = label_N if cross_entropy_share else None
+    loss = _Loss(KERNELS[kind], temperature, mix, cross_entropy_share, labels)
+    with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here, op by op
+        return _Fused.apply(
+            hidden_ND, student.weight_VD, student.bias_V, student, targets, loss, needs, num_tokens, chunk_tokens
+        )
+
+
+def _check(
+    kind: str, targets: Targets, vocab: int, label_N: Tensor | None, cross_entropy_share: float, chunk_tokens: int
+) -> None:
+    if kind not in KERNELS:
+        raise ValueError(f"no divergence {kind!r}; there are {', '.join(KERNELS)}")
+    if kind != "forward_kl" and not isinstance(targets, Dense):
+        raise ValueError(f"{kind} needs the teacher's whole distribution; {type(targets).__name__} gives forward_kl")
+    if isinstance(targets, TopK) and targets.ids_NK.shape[1] >= vocab:
+        raise ValueError(f"{targets.ids_NK.shape[1]} ids of {vocab} leave nothing for the bucket of the others")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
+    if not 0 <= cross_entropy_share <= 1:
+        raise ValueError(f"cross_entropy_share is {cross_entropy_share}; it must lie between 0 and 1")
+    if cross_entropy_share and label_N is None:
+        raise ValueError("a cross-entropy needs label_N")
+
+
+class _Loss(NamedTuple):
+    """What is computed of the logits."""
+
+    kernel: Kernel
+    temperature: float
+    mix: float
+    cross_entropy_share: float
+    label_N: Tensor | None
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        student: Head,
+        targets: Targets,
+        loss: _Loss,
+        needs: list[bool],
+        num_tokens: int,
+        chunk_tokens: int,
+    ) -> Tensor:
+        tokens, dtype = len(hidden_ND), hidden_ND.dtype
+        shared = len(weight_VD)
+        if isinstance(targets, Dense):
+            shared = min(shared, len(targets.head.weight_VD))
+            targets = Dense(targets.hidden_NE.detach().to(dtype), _read(targets.head, shared, dtype))
+        student = _read(student, shared, dtype)
+        chunk_tokens = min(chunk_tokens, max(tokens, 1))
+        rows_of = _Rows(student, targets, loss, _allocate(min(ROW_TOKENS, chunk_tokens), shared, like=hidden_ND))
+        G_CV = hidden_ND.new_empty(chunk_tokens if any(needs) else 0, shared)
+        dH_ND = torch.empty_like(hidden_ND) if needs[0] else None
+        dW_dtype = weight_VD.dtype if tokens <= chunk_tokens else torch.float32  # fp32 to sum over chunks
+        dW_VD = torch.zeros_like(weight_VD, dtype=dW_dtype) if needs[1] else None
+        db_V = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if needs[2] else None
+        loss_N = hidden_ND.new_empty(tokens, dtype=torch.float32)
+        factor = loss.temperature * student.scale / num_tokens
+
+        for begin in range(0, tokens, chunk_tokens):
+            end = min(begin + chunk_tokens, tokens)
+            for start in range(begin, end, ROW_TOKENS):
+                stop = min(start + ROW_TOKENS, end)
+                G_RV = G_CV[start - begin : stop - begin] if any(needs) else None
+                loss_N[start:stop] = rows_of(hidden_ND[start:stop], slice(start, stop), G_RV)
+            if db_V is not None:
+                db_V[:shared] += G_CV[: end - begin].sum(0, dtype=torch.float32)
+            if dH_ND is not None:
+                torch.mm(G_CV[: end - begin], student.weight_VD, out=dH_ND[begin:end])
+            if dW_VD is not None:
+                _add_weight_gradient(dW_VD[:shared], G_CV[: end - begin], hidden_ND[begin:end], factor)
+
+        ctx.save_for_backward(
+            None if dH_ND is None else dH_ND.mul_(factor),
+            None if dW_VD is None else dW_VD.to(weight_VD.dtype),
+            None if db_V is None or bias_V is None else db_V.mul_(factor).to(bias_V.dtype),
+        )
+        return loss_N.sum() / num_tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second backward through the same graph is refused by autograd's version check, not wrong.
+        gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
+        return (*gradients, *[None] * 6)
+
+
 class _Logits(NamedTuple):
     """Logits of R tokens before bias, scale and soft-cap: fp32 in `base`, or the sum of two bf16 (see `_matmul`)."""
 
@@ -65,140 +230,62 @@ class _Buffers(NamedTuple):
     p_rV: Tensor
 
 
-def forward_kl(
-    student_hidden_ND: Tensor,
-    student: Head,
-    teacher_hidden_NE: Tensor,
-    teacher: Head,
-    *,
-    num_tokens: int,
-    temperature: float = 1.0,
-    mask_N: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> Tensor:
-    """KL(teacher ‖ student) as in `losses.forward_kl`, with gradients to the student's hidden states and head.
+class _Rows:
+    """Loss of a row block, float32 [R], and G = ∂loss/∂(u T) of it, written to `G_RV`."""
 
-        G = T · scale · (q − p) ⊙ softcap′ / num_tokens,   dH = G W,   dW = Gᵀ H,   db = Σ_n G
+    def __init__(self, student: Head, targets: Targets, loss: _Loss, buffers: _Buffers) -> None:
+        self.student, self.targets, self.loss, self.buffers = student, targets, loss, buffers
+        self.near = isinstance(targets, Dense)
 
-    Logits and softmax are fp32 always; G is rounded to the dtype of the hidden states for its two GEMMs. With bf16
-    that costs about 0.2 % of the gradient however near the student is to its teacher, where bf16 logits cost up to
-    34 %. Everything is read in the dtype of the student's hidden states, as under autocast. A head that does not
-    require grad gets no dW. Nothing flows to the teacher. One backward pass only: it spends the gradients.
+    def __call__(self, hidden_RD: Tensor, rows: slice, G_RV: Tensor | None) -> Tensor:
+        buffers, count = self.buffers, len(hidden_RD)
+        teacher_logits = None
+        if isinstance(self.targets, Dense):
+            weight_VD = self.targets.head.weight_VD
+            teacher_logits = _matmul(self.targets.hidden_NE[rows], weight_VD, buffers.teacher.rows(slice(count)))
+        base_RV = teacher_logits.base_RV if teacher_logits and self.near else None
+        student_logits = _matmul(hidden_RD, self.student.weight_VD, buffers.student.rows(slice(count)), base_RV)
+        loss_R, kl_R, mean_R = buffers.t_rV.new_zeros(3, count)
+        for start in range(0, count, len(buffers.t_rV)):
+            part = slice(start, min(start + len(buffers.t_rV), count))
+            self._logits(student_logits.rows(part), self.student, buffers.s_rV[: part.stop - start])
+            if teacher_logits and isinstance(self.targets, Dense):
+                self._logits(teacher_logits.rows(part), self.targets.head, buffers.t_rV[: part.stop - start])
+            whole = slice(rows.start + part.start, rows.start + part.stop)
+            loss_R[part], kl_R[part], mean_R[part] = self._part(part.stop - start, whole)
+            if G_RV is not None:
+                G_RV[part] = buffers.s_rV[: part.stop - start]
+        if self.near and student_logits.rest_RV is not None and _is_far(kl_R, mean_R):
+            self.near = False
+            return self(hidden_RD, rows, G_RV)
+        return loss_R
 
-    Args:
-        student_hidden_ND, teacher_hidden_NE: states after the last norm, of the same tokens; bf16 or fp32.
-        student, teacher: the heads; vocabularies of different size are cut to the ids they share.
-        num_tokens: valid tokens of the whole step, over all micro-batches and ranks.
-        temperature: T > 0; T² on the loss, T on the gradient.
-        mask_N: bool [N], True for the tokens that count; None counts all.
-        chunk_tokens: tokens whose G is kept at once, `chunk_tokens` × V × 2 bytes in bf16.
-    Returns:
-        float32 scalar.
-    Raises:
-        ValueError: different numbers of tokens, num_tokens < 1, temperature <= 0 or chunk_tokens < 1.
-    """
-    losses.check_arguments(len(student_hidden_ND), len(teacher_hidden_NE), mask_N, num_tokens, temperature)
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    if mask_N is not None:
-        student_hidden_ND, teacher_hidden_NE = student_hidden_ND[mask_N], teacher_hidden_NE[mask_N]
-    # Under no_grad the Function would not know, and compute gradients for nobody.
-    needs = [
-        torch.is_grad_enabled() and value is not None and value.requires_grad
-        for value in (student_hidden_ND, student.weight_VD, student.bias_V)
-    ]
-    trained = (student_hidden_ND, student.weight_VD, student.bias_V)
-    settings = (needs, num_tokens, temperature, chunk_tokens)
-    with torch.autocast(student_hidden_ND.device.type, enabled=False):  # the dtypes are chosen here, op by op
-        return _ForwardKL.apply(*trained, student, teacher_hidden_NE.detach(), teacher, *settings)
+    def _logits(self, logits: _Logits, head: Head, out_rV: Tensor) -> None:
+        spare_rV = self.buffers.p_rV[: len(out_rV)]
+        _finish_logits(logits, head, self.loss.temperature, out=out_rV, spare_rV=spare_rV)
 
-
-class _ForwardKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        student: Head,
-        teacher_hidden_NE: Tensor,
-        teacher: Head,
-        needs: list[bool],
-        num_tokens: int,
-        temperature: float,
-        chunk_tokens: int,
-    ) -> Tensor:
-        tokens, dtype = len(hidden_ND), hidden_ND.dtype
-        shared = min(len(weight_VD), len(teacher.weight_VD))
-        student, teacher = _read(student, shared, dtype), _read(teacher, shared, dtype)
-        teacher_hidden_NE = teacher_hidden_NE.to(dtype)
-        chunk_tokens = min(chunk_tokens, max(tokens, 1))
-        buffers = _allocate(min(ROW_TOKENS, chunk_tokens), shared, like=hidden_ND)
-        G_CV = hidden_ND.new_empty(chunk_tokens if any(needs) else 0, shared)
-        dH_ND = torch.empty_like(hidden_ND) if needs[0] else None
-        dW_dtype = weight_VD.dtype if tokens <= chunk_tokens else torch.float32  # fp32 to sum over chunks
-        dW_VD = torch.zeros_like(weight_VD, dtype=dW_dtype) if needs[1] else None
-        db_V = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if needs[2] else None
-        kl_N = hidden_ND.new_empty(tokens, dtype=torch.float32)
-        factor = temperature * student.scale / num_tokens
-
-        near = True
-        for begin in range(0, tokens, chunk_tokens):
-            end = min(begin + chunk_tokens, tokens)
-            for start in range(begin, end, ROW_TOKENS):
-                stop = min(start + ROW_TOKENS, end)
-                block = (hidden_ND[start:stop], student, teacher_hidden_NE[start:stop], teacher, temperature, buffers)
-                G_RV = G_CV[start - begin : stop - begin] if any(needs) else None
-                kl_N[start:stop], near = _row_block(*block, G_RV, near)
-            if db_V is not None:
-                db_V[:shared] += G_CV[: end - begin].sum(0, dtype=torch.float32)
-            if dH_ND is not None:
-                torch.mm(G_CV[: end - begin], student.weight_VD, out=dH_ND[begin:end])
-            if dW_VD is not None:
-                _add_weight_gradient(dW_VD[:shared], G_CV[: end - begin], hidden_ND[begin:end], factor)
-
-        ctx.save_for_backward(
-            None if dH_ND is None else dH_ND.mul_(factor),
-            None if dW_VD is None else dW_VD.to(weight_VD.dtype),
-            None if db_V is None or bias_V is None else db_V.mul_(factor).to(bias_V.dtype),
+    def _part(self, count: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, KL and E_p[t − s] of r rows; leaves G in `buffers.s_rV`."""
+        kernel, temperature, mix, share, label_N = self.loss
+        t_rV, s_rV, p_rV = (buffer[:count] for buffer in (self.buffers.t_rV, self.buffers.s_rV, self.buffers.p_rV))
+        softcap = self.student.softcap
+        slope_rV = None if softcap is None else 1 - (s_rV * (temperature / softcap)).square_()
+        entropy_r, hard_rV = (
+            (None, None) if label_N is None else kernels.cross_entropy(s_rV * temperature, label_N[rows])
         )
-        return temperature**2 * kl_N.sum() / num_tokens
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second backward through the same graph is refused by autograd's version check, not wrong.
-        gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
-        return (*gradients, *[None] * 7)
-
-
-def _row_block(
-    hidden_RD: Tensor,
-    student: Head,
-    teacher_hidden_RE: Tensor,
-    teacher: Head,
-    temperature: float,
-    buffers: _Buffers,
-    G_RV: Tensor | None,
-    near: bool,
-) -> tuple[Tensor, bool]:
-    """KL of each row, float32 [R], and whether the student is near its teacher; writes q − p to `G_RV`."""
-    count = len(hidden_RD)
-    teacher_logits = _matmul(teacher_hidden_RE, teacher.weight_VD, buffers.teacher.rows(slice(count)))
-    base_RV = teacher_logits.base_RV if near else None
-    student_logits = _matmul(hidden_RD, student.weight_VD, buffers.student.rows(slice(count)), base_RV)
-    kl_R, mean_R = buffers.t_rV.new_empty(2, count)
-    for start in range(0, count, len(buffers.t_rV)):
-        rows = slice(start, min(start + len(buffers.t_rV), count))
-        t_rV, s_rV, p_rV = (buffer[: rows.stop - rows.start] for buffer in (buffers.t_rV, buffers.s_rV, buffers.p_rV))
-        _finish_logits(teacher_logits.rows(rows), teacher, temperature, out=t_rV, spare_rV=p_rV)
-        _finish_logits(student_logits.rows(rows), student, temperature, out=s_rV, spare_rV=p_rV)
-        kl_R[rows], mean_R[rows] = _kl_and_gradient_(t_rV, s_rV, p_rV, student.softcap, temperature)
-        if G_RV is not None:
-            G_RV[rows] = s_rV
-    if near and teacher_logits.rest_RV is not None and _is_far(kl_R, mean_R):
-        return _row_block(hidden_RD, student, teacher_hidden_RE, teacher, temperature, buffers, G_RV, near=False)
-    return kl_R, near
+        if isinstance(self.targets, Dense):
+            loss_r, kl_r, mean_r = kernel(t_rV, s_rV, p_rV, mix)
+        else:
+            loss_r = kernels.sparse_(self.targets, rows, s_rV)
+            kl_r = mean_r = loss_r
+        loss_r = temperature**2 * loss_r
+        if hard is not None:
+            entropy_r, hard_rV = hard
+            loss_r = (1 - share) * loss_r + share * entropy_r
+            s_rV.mul_(1 - share).add_(hard_rV, alpha=share / temperature)
+        if slope_rV is not None:
+            s_rV.mul_(slope_rV)
+        return loss_r, kl_r, mean_r
 
 
 def _matmul(hidden_RD: Tensor, weight_VD: Tensor, out: _Logits, base_RV: Tensor | None = None) -> _Logits:
@@ -236,28 +323,6 @@ def _finish_logits(logits: _Logits, head: Head, temperature: float, *, out: Tens
         out.div_(head.softcap).tanh_().mul_(head.softcap)
     if temperature != 1:
         out.div_(temperature)
-
-
-def _kl_and_gradient_(
-    t_RV: Tensor, s_RV: Tensor, p_RV: Tensor, softcap: float | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """KL and Σ_v p (t − s) of each row, float32 [R]; leaves q − p, through the soft-cap, in s, and spends t.
-
-        KL = Σ_v p (t − s) − lse(t) + lse(s)
-
-    The log-sum-exp comes without a pass of exp of its own: max z − lse = log max softmax(z).
-    """
-    max_t_R, max_s_R = t_RV.amax(-1), s_RV.amax(-1)
-    torch.softmax(t_RV, dim=-1, out=p_RV)
-    mean_R = t_RV.sub_(s_RV).mul_(p_RV).sum(-1)
-    if softcap is not None:
-        slope_RV = t_RV.copy_(s_RV).mul_(temperature / softcap).square_().neg_().add_(1)
-    q_RV = torch.softmax(s_RV, dim=-1, out=s_RV)
-    kl_R = mean_R + (max_s_R - q_RV.amax(-1).log()) - (max_t_R - p_RV.amax(-1).log())
-    q_RV.sub_(p_RV)
-    if softcap is not None:
-        q_RV.mul_(slope_RV)
-    return kl_R, mean_R
 
 
 def _is_far(kl_R: Tensor, mean_R: Tensor) -> bool:
