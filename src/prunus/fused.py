@@ -270,9 +270,7 @@ class _Rows:
         t_rV, s_rV, p_rV = (buffer[:count] for buffer in (self.buffers.t_rV, self.buffers.s_rV, self.buffers.p_rV))
         softcap = self.student.softcap
         slope_rV = None if softcap is None else 1 - (s_rV * (temperature / softcap)).square_()
-        entropy_r, hard_rV = (
-            (None, None) if label_N is None else kernels.cross_entropy(s_rV * temperature, label_N[rows])
-        )
+        hard = None if label_N is None else kernels.cross_entropy(s_rV * temperature, label_N[rows])
         if isinstance(self.targets, Dense):
             loss_r, kl_r, mean_r = kernel(t_rV, s_rV, p_rV, mix)
         else:
