@@ -85,6 +85,16 @@ def test_training_begins_with_text_that_the_repair_has_not_seen(run):
     assert not any(tuple(row) in calibration for row in run.train.tokens[blocks].tolist())
 
 
+def test_a_baseline_can_be_added_later_and_stays(whole_model, corpus, tmp_path):
+    root, seen = tmp_path / "run", []
+    for baseline in (False, True, False):
+        compress(make_recipe(whole_model, corpus, root, baseline=baseline))
+        models = json.loads((root / "5-report.json").read_text())["models"]
+        seen.append(("baseline" in {entry["key"] for entry in models}, (root / "4-distilled" / "model.safetensors").stat()))
+    assert [there for there, _ in seen] == [False, True, True]
+    assert len({stat.st_mtime_ns for _, stat in seen}) == 1
+
+
 def test_single_document_text_is_split_by_its_length(whole_model, tmp_path):
     (tmp_path / "one.txt").write_text("\n".join(" ".join(WORDS) for _ in range(300)))
     values = make_recipe(whole_model, tmp_path / "one.txt", tmp_path / "run", stop_after="text")

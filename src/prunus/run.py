@@ -51,7 +51,7 @@ DEPENDS_ON = {
     "search": ("params", "memory", "arch", "search"),
     "prune": ("prune",),
     "distill": ("distill",),
-    "evaluate": ("evaluate", "baseline"),
+    "evaluate": ("evaluate",),
     "report": (),
 }
 """Recipe keys that each stage is the first to depend on."""
@@ -245,6 +245,8 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
     first = min(stale_from, STAGES.index(redo_stage) if redo_stage and again else len(STAGES))
     for stage in STAGES[first:]:
         _remove(run.root, (*OUTPUTS[stage], *((BASELINE,) if stage == "distill" else ())))
+    if run.recipe.baseline and not (run.root / BASELINE).exists():
+        _remove(run.root, (*OUTPUTS["evaluate"], *OUTPUTS["report"]))  # they lack the baseline, which is wanted now
 
 
 def _begun(output: Path) -> bool:
