@@ -50,7 +50,7 @@ def has_begun(root: Path, stage: str) -> bool:
     current = current_stage(root)
     if current != stage:
         return current is None or STAGES.index(current) > STAGES.index(stage)
-    return stage != "distill" or bool(list(root.glob(".*.training.safetensors")))
+    return stage != "distill" or bool(list(root.glob(".*.training/*/state.json")))
 
 
 def current_stage(root: Path) -> str | None:

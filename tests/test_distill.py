@@ -3,18 +3,24 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 import prunus as pr
-from prunus.distill import Settings, distill, learning_rate, plan
+from prunus import hidden
+from prunus.distill import distill
 from prunus.documents import documents
-from prunus.errors import BadData, BadOutput
+from prunus.errors import BadCheckpoint, BadData, BadOutput, Stopped, TrainingDiverged
+from prunus.evaluate import quality
 from prunus.importance import score
+from prunus.masters import Masters
 from prunus.measure import measure
 from prunus.prune import prune
+from prunus.schedule import SCHEDULES, Settings, learning_rate, plan
 from prunus.text import tokenise
 
 FAST = Settings(tokens=1024, batch_tokens=128, micro_blocks=2, learning_rate=1e-3)
@@ -101,10 +107,155 @@ def test_random_init_starts_from_the_seed_alone(setting, tmp_path):
     assert curve(a)[0] > 2 * curve(trained(setting, tmp_path / "c"))[0]
 
 
+@pytest.mark.parametrize(
+    "change", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "mix": 0.3}, {"temperature": 2.0}]
+)
+def test_other_divergences_learn(setting, tmp_path, change):
+    losses = curve(trained(setting, tmp_path / "a", settings=dataclasses.replace(FAST, tokens=6400, **change)))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_gradient_checkpointing_changes_nothing(setting, tmp_path):
+    plain, checkpointed = (trained(setting, tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
+    assert curve(checkpointed) == pytest.approx(curve(plain), rel=1e-6)
+
+
+def test_without_a_teacher_it_is_cross_entropy_on_the_text(setting, tmp_path):
+    """Teacher correction: the loss is the text's own, and falls."""
+    teacher, _, text = setting
+    corrected = distill(
+        teacher, None, text, to=tmp_path / "a", settings=dataclasses.replace(FAST, tokens=6400), dtype=torch.float32
+    )
+    losses = [quality(model.module(torch.float32), text).loss for model in (teacher, corrected)]
+    assert curve(corrected)[0] == pytest.approx(losses[0], rel=0.1)
+    assert losses[1] < losses[0]
+
+
+def test_hidden_states_are_compared_where_the_cut_says(setting, tmp_path):
+    """A student that lost a layer: with the loss its streams come closer to the teacher's than without."""
+    teacher, _, text = setting
+    target = teacher.architecture.replace(layers=3)
+    student = prune(teacher, score(measure(teacher, text.head(8))), target, to=tmp_path / "student")
+    pairs = hidden.pairs_of_cut(student, teacher, count=4)
+    assert len(pairs.layers) == 3
+    assert pairs.layers[-1] == (2, 3)
+    runs = {}
+    for kind in (None, "mse", "cosine"):
+        settings = dataclasses.replace(FAST, tokens=6400, hidden_loss=kind)
+        runs[kind] = trained((teacher, student, text), tmp_path / str(kind), settings=settings, pairs=pairs)
+
+    def distance(checkpoint):
+        models = checkpoint.module(torch.float32), teacher.module(torch.float32)
+        tokens, positions = text.batch([0, 1])
+        with torch.no_grad():
+            captures = []
+            for side, model in enumerate(models):
+                with hidden.captured(model, [pair[side] for pair in pairs.layers]) as found:
+                    model(input_ids=tokens, position_ids=positions)
+                captures.append(found)
+        mask = torch.ones(tokens.numel(), dtype=torch.bool)
+        return float(hidden.loss("mse", pairs, *captures, num_tokens=tokens.numel(), mask_N=mask))
+
+    assert distance(runs["mse"]) < 0.9 * distance(runs[None])
+    assert distance(runs["cosine"]) < distance(runs[None])
+
+
+def test_a_student_that_keeps_everything_has_no_hidden_loss(setting, tmp_path):
+    teacher, _, text = setting
+    whole = prune(teacher, score(measure(teacher, text.head(8))), teacher.architecture, to=tmp_path / "student")
+    pairs = hidden.pairs_of_cut(whole, teacher, count=2)
+    settings = dataclasses.replace(FAST, hidden_loss="mse")
+    written = trained((teacher, whole, text), tmp_path / "a", settings=settings, pairs=pairs)
+    first = json.loads((written.folder / "training.json").read_text())["curve"][0]
+    assert first["hidden_loss"] < 1e-9
+
+
+def test_hidden_loss_needs_a_cut_that_is_known(setting, tmp_path):
+    teacher = setting[0]
+    with pytest.raises(BadData, match=r"prunus\.json"):
+        trained(setting, tmp_path / "a", settings=dataclasses.replace(FAST, hidden_loss="mse"))
+    with pytest.raises(BadCheckpoint, match=r"no prunus\.json"):
+        hidden.pairs_of_cut(teacher, teacher, count=2)
+
+
+def test_held_out_loss_is_measured_and_a_plateau_ends_the_training(setting, tmp_path):
+    text = setting[2]
+    settings = dataclasses.replace(FAST, tokens=6400, evaluate_every=5, patience=2, learning_rate=1e-12)
+    written = trained(setting, tmp_path / "a", settings=settings, validation=text.head(4))
+    record = json.loads((written.folder / "training.json").read_text())
+    measured = [point["step"] for point in record["curve"] if "heldout_loss" in point]
+    assert measured == [5, 10, 15]
+    assert record["steps"] == 15
+
+
+def broken_at(monkeypatch, steps):
+    """The gradient of these calls of a step is not a number."""
+    whole, calls = Masters.clip, iter(range(10**6))
+
+    def clip(self, most):
+        if next(calls) in steps:
+            next(iter(self.values.values())).grad.fill_(math.nan)
+        return whole(self, most)
+
+    monkeypatch.setattr(Masters, "clip", clip)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(setting, tmp_path, monkeypatch):
+    broken_at(monkeypatch, {3})
+    written = trained(setting, tmp_path / "a")
+    points = json.loads((written.folder / "training.json").read_text())["curve"]
+    assert [point["step"] for point in points if point.get("skipped")] == [4]
+    assert weights(written).isfinite().all()
+
+
+def test_repeated_bad_steps_go_back_and_slow_down(setting, tmp_path, monkeypatch):
+    settings = dataclasses.replace(FAST, tokens=2560)
+    broken_at(monkeypatch, set(range(6, 11)))
+    written = trained(setting, tmp_path / "a", settings=settings, checkpoint_seconds=0)
+    record = json.loads((written.folder / "training.json").read_text())
+    assert len(record["events"]) == 1
+    assert record["steps"] == 20
+    plan_ = plan(settings, hidden=48, num_blocks=len(setting[2]), block_size=32)
+    assert record["curve"][-1]["learning_rate"] == pytest.approx(learning_rate(19, plan_, settings) / 2)
+
+
+def test_a_training_that_never_recovers_says_so(setting, tmp_path, monkeypatch):
+    broken_at(monkeypatch, set(range(1, 10**6)))
+    with pytest.raises(TrainingDiverged, match=r"Lower distill\.learning_rate"):
+        trained(setting, tmp_path / "a", checkpoint_seconds=0)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_stop_signal_loses_nothing(setting, tmp_path):
+    undisturbed = trained(setting, tmp_path / "a")
+
+    def stop(at):
+        if at.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="after step 3"):
+        trained(setting, tmp_path / "b", checkpoint_seconds=1e9, progress=stop)
+    resumed = trained(setting, tmp_path / "b")
+    assert torch.equal(weights(resumed), weights(undisturbed))
+    assert curve(resumed) == curve(undisturbed)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_start_at_the_peak_and_end_where_they_should(name):
+    settings = Settings(tokens=100 * 64, batch_tokens=64, schedule=name, decay_share=0.2)
+    schedule = plan(settings, hidden=576, num_blocks=1000, block_size=32)
+    rates = [learning_rate(step, schedule, settings) for step in range(100)]
+    assert rates[5] == pytest.approx(3e-4)
+    assert rates[-1] == pytest.approx(3e-4 if name == "constant" else 3e-5)
+    if name == "wsd":
+        assert rates[5:75] == pytest.approx([3e-4] * 70)
+        assert rates[82:] == sorted(rates[82:], reverse=True)
+
+
 def test_schedule_by_hand():
     schedule = plan(Settings(tokens=100 * 64, batch_tokens=64), hidden=576, num_blocks=1000, block_size=32)
     assert (schedule.steps, schedule.batch_blocks, schedule.warmup_steps) == (100, 2, 5)
-    rates = [learning_rate(step, schedule, 0.1) for step in range(100)]
+    rates = [learning_rate(step, schedule, Settings()) for step in range(100)]
     assert rates[0] == pytest.approx(3e-4 / 5)
     assert max(rates) == rates[5] == pytest.approx(3e-4)
     assert rates[-1] == pytest.approx(3e-5)

@@ -8,9 +8,10 @@ import yaml
 
 from prunus import recipe
 from prunus.budget import check_amount, parse_quantity, parse_share
-from prunus.distill import CHECKPOINT_SECONDS, Settings
+from prunus.distill import CHECKPOINT_SECONDS
 from prunus.errors import BadRecipe
 from prunus.recipe import Distill, override, parse, read_yaml, to_yaml
+from prunus.schedule import Settings
 
 LEAST = {"model": "m", "to": "run", "params": "0.7x", "data": {"train": "text"}}
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -38,7 +38,7 @@ def test_killed_runs_end_with_the_same_bits(whole_model, corpus, undisturbed, tm
         delay = moments.uniform(0, 0.6) * seconds[stage]["seconds"]
         assert kill_inside(start(*run), root, stage, delay) is not None
     assert current_stage(root) == "distill"
-    assert (root / ".4-distilled.training.safetensors").exists()
+    assert list(root.glob(".4-distilled.training/*/state.json"))
     finish(*run)
     assert (root / STUDENT).read_bytes() == (undisturbed[0] / STUDENT).read_bytes()
     assert files(root) == files(undisturbed[0])
@@ -98,23 +98,27 @@ def test_an_unfinished_distillation_is_not_thrown_away(invoke, whole_model, corp
     assert invoke(*run, "--stop-after", "prune").exit_code == 0
     stop_after_steps(monkeypatch, 5)
     assert invoke("distill", str(root)).exit_code == 130
-    state = root / ".4-distilled.training.safetensors"
-    kept = state.read_bytes()
+    state = root / ".4-distilled.training"
+    kept = contents(state)
     changed = invoke(*run, "--set", "distill.clip=2.0")
     assert changed.exit_code == 2
     assert "(changed: distill)" in changed.stderr
-    assert state.read_bytes() == kept
+    assert contents(state) == kept
     steps = stop_after_steps(monkeypatch, 10**6)
     assert invoke("distill", str(root)).exit_code == 0
     assert steps[0] == 6
     assert not state.exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def stop_after_steps(monkeypatch, count: int) -> list[int]:
     """Make Ctrl-C come after so many steps of distillation; returns the list of steps, filled as they are made."""
     steps: list[int] = []
 
-    def note(_: object, at: object) -> None:
+    def note(_: object, __: object, at: object) -> None:
         steps.append(at.step)
         if len(steps) > count:
             raise KeyboardInterrupt
@@ -128,8 +132,8 @@ def test_leftovers_of_a_killed_process_are_removed(invoke, whole_model, corpus, 
     run = command(whole_model, corpus, root)
     assert invoke(*run, "--stop-after", "distill").exit_code == 0
     whole = files(root)
-    (root / "..4-distilled.training.safetensors.partial").write_bytes(b"half")
-    (root / ".4-distilled.training.safetensors").write_bytes(b"all, but the process was killed before it was removed")
+    (root / ".4-distilled.training" / "7").mkdir(parents=True)  # all, but the process was killed before it was removed
+    (root / ".4-distilled.training" / ".partial").mkdir()
     (root / ".5-report.json.partial").write_bytes(b"half")
     (root / ".4-baseline.partial").mkdir()
     assert invoke(*run, "--stop-after", "distill").exit_code == 0

@@ -14,8 +14,8 @@ PACKAGE = Path(pr.__file__).parent
 LAYERS = """
     errors architecture families.family families._decoder families
     families.gemma3_text families.llama families.mistral families.qwen2 families.qwen3
-    cost files attention hardware layerwise checkpoint documents text scores measure importance
-    selection repair refit prune losses kernels fused distill evaluate tasks
+    cost files attention hardware layerwise parallel checkpoint documents text scores measure importance
+    selection repair refit prune losses kernels fused evaluate tasks schedule masters teacher hidden distill trackers
     budget search formats pictures verdict report
     console recipe run results inspection planning standalone pipeline cli __main__
 """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prunus.architecture import Architecture
     from prunus.budget import Budget, parse_budget
     from prunus.checkpoint import Checkpoint, load
-    from prunus.distill import Settings, distill
+    from prunus.distill import distill
     from prunus.documents import documents
     from prunus.errors import PrunusError
     from prunus.evaluate import Quality, quality
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prunus.prune import prune
     from prunus.recipe import Recipe
     from prunus.run import Run
+    from prunus.schedule import Settings
     from prunus.scores import Scores
     from prunus.search import Candidate, Search, search
     from prunus.text import Blocks, tokenise
@@ -66,7 +67,7 @@ _NAMES = {
     "architecture": ("Architecture",),
     "budget": ("Budget", "parse_budget"),
     "checkpoint": ("Checkpoint", "load"),
-    "distill": ("Settings", "distill"),
+    "distill": ("distill",),
     "documents": ("documents",),
     "errors": ("PrunusError",),
     "evaluate": ("Quality", "quality"),
@@ -76,6 +77,7 @@ _NAMES = {
     "prune": ("prune",),
     "recipe": ("Recipe",),
     "run": ("Run",),
+    "schedule": ("Settings",),
     "scores": ("Scores",),
     "search": ("Candidate", "Search", "search"),
     "text": ("Blocks", "tokenise"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from rich.markup import escape
 
 from prunus import console
-from prunus.errors import BadRecipe, PrunusError
+from prunus.errors import BadRecipe, PrunusError, Stopped
 
 INTERRUPTED = 130
 
@@ -245,6 +246,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C into this code, and hands it back
+    except Stopped as error:
+        console.ERRORS.print(str(error))
+        sys.exit(128 + signal.SIGTERM)
     except PrunusError as error:
         _fail(str(error))
     except OSError as error:

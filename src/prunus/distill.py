@@ -1,84 +1,57 @@
 """The training loop, top to bottom: a student learns its teacher's next-token distributions.
 
-Shapes: B blocks of a micro-batch, S tokens of a block, N = B·S, H student channels, E teacher channels.
+Shapes: B blocks of a micro-batch, S tokens of a block, N = B·S, H student channels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import shutil
+import signal
+import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prunus import hardware
-from prunus.checkpoint import Checkpoint, save
-from prunus.errors import BadData, BadOutput
-from prunus.files import atomic_file, save_file
-from prunus.fused import Dense, Head, divergence
+from prunus import hardware, hidden, parallel
+from prunus.checkpoint import Checkpoint, load, save
+from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
+from prunus.evaluate import quality
+from prunus.fused import divergence
+from prunus.masters import Masters, ShardedMasters
+from prunus.schedule import Plan, Settings, learning_rate, plan
+from prunus.teacher import Cache, Live, Teacher, Text, head
 from prunus.text import Blocks, batch_indices, targets
 
 TRAINING_FILE = "training.json"
 CHECKPOINT_SECONDS = 120.0
 """Time between two checkpoints of an unfinished run: what a killed run loses at the most."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyperparameters of a distillation; what is None is derived from the model and the amount of text.
-
-    Attributes:
-        tokens: training tokens; more than the text holds means more epochs. None: the text once.
-        batch_tokens: tokens of an optimizer step. None: at least 128 steps, at most 512 blocks a step.
-        micro_blocks: blocks that go through the model at once; the result does not depend on it.
-        learning_rate: peak. None: 3e-4 · √(576 / hidden), which is 1.1e-4 at 4096 (Minitron, arXiv:2408.11796: 1e-4).
-        final_share: learning rate at the end, as a share of the peak (cosine).
-        warmup_share: share of the steps with a linearly rising learning rate.
-        weight_decay: of AdamW, on matrices.
-        clip: largest norm of the gradient.
-        temperature: of the KL divergence.
-        seed: of the order of the text.
-    """
-
-    tokens: int | None = None
-    batch_tokens: int | None = None
-    micro_blocks: int = 2
-    learning_rate: float | None = None
-    final_share: float = 0.1
-    warmup_share: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    temperature: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`Settings` made concrete for one student and text."""
-
-    steps: int
-    batch_blocks: int
-    block_size: int
-    learning_rate: float
-    warmup_steps: int
-
-    @property
-    def tokens(self) -> int:
-        return self.steps * self.batch_blocks * self.block_size
+SPIKE, HISTORY = 20.0, 50
+"""A step whose gradient is this many times as long as the median of the last ones is left out."""
+PATIENCE, MAX_ROLLBACKS = 5, 3
+"""Bad steps in a row before the run goes back to its last checkpoint at half the rate; and how often it does."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One finished optimizer step."""
+    """One finished optimizer step.
+
+    Attributes:
+        norm: of the gradient, before clipping.
+        heldout_loss: nats per token of the validation text, in the steps that measured it.
+    """
 
     step: int
     steps: int
@@ -86,147 +59,213 @@ class Progress:
     total_tokens: int
     loss: float
     learning_rate: float
+    norm: float
+    heldout_loss: float | None = None
 
 
-def plan(settings: Settings, *, hidden: int, num_blocks: int, block_size: int) -> Plan:
-    """Steps, batch and learning rate. Raises BadData if the text is less than one step."""
-    tokens = settings.tokens or num_blocks * block_size
-    blocks = max(1, tokens // block_size)
-    if settings.batch_tokens is not None:
-        batch_blocks = max(1, settings.batch_tokens // block_size)
-    else:
-        batch_blocks = min(512, 2 ** int(math.log2(max(1, blocks // 128))))
-    steps = blocks // batch_blocks
-    if steps < 1:
-        raise BadData(
-            f"distillation needs at least one step of {batch_blocks * block_size} tokens, but there are {tokens}; "
-            "give more text or a smaller batch"
-        )
-    rate = settings.learning_rate or 3e-4 * math.sqrt(576 / hidden)
-    return Plan(steps, batch_blocks, block_size, rate, max(1, round(settings.warmup_share * steps)))
+@dataclass
+class State:
+    """All that a run depends on besides weights and moments; kept with them on disk.
 
+    Attributes:
+        key: names models, text and settings.
+        curve: one point per step: loss, learning_rate, norm, and where they apply hidden_loss, heldout_loss, skipped.
+        events: what happened besides plain steps.
+        rate_factor: halved by each roll-back.
+        seconds: spent in earlier runs.
+    """
 
-def learning_rate(step: int, plan: Plan, final_share: float) -> float:
-    """Linear warm-up, then a cosine from the peak to `final_share` of it at the last step."""
-    if step < plan.warmup_steps:
-        return plan.learning_rate * (step + 1) / plan.warmup_steps
-    done = (step - plan.warmup_steps) / max(1, plan.steps - 1 - plan.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return plan.learning_rate * (final_share + (1 - final_share) * cosine)
+    key: str
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    rate_factor: float = 1.0
+    seconds: float = 0.0
 
 
 def distill(
     student: Checkpoint,
-    teacher: Checkpoint,
+    teacher: Checkpoint | Cache | None,
     blocks: Blocks,
     *,
     to: Path | str,
     settings: Settings | None = None,
     random_init: bool = False,
+    pairs: hidden.Pairs | None = None,
+    validation: Blocks | None = None,
     dtype: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+    compiled: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Checkpoint:
-    """Train the student on the forward KL from its teacher, and write it as a plain checkpoint.
+    """Train the student on its teacher, and write it as a plain checkpoint.
 
-    Forward KL alone, no cross-entropy: Minitron, arXiv:2407.14679, table 12. A run that was killed goes on from its
-    last checkpoint beside `to`, and ends with the same bits as an undisturbed one.
+    By default on the forward KL alone, no cross-entropy: Minitron, arXiv:2407.14679, table 12. A run that was killed
+    goes on from its last checkpoint beside `to`, and ends with the same bits as an undisturbed one; one that is asked
+    to stop (SIGTERM) saves its state first.
 
     Args:
         student: the starting point; same vocabulary as the teacher.
+        teacher: a model, or the cache of one on this text; None trains on the text itself, by cross-entropy.
         blocks: training text.
         to: folder to write; appears whole or not at all.
         random_init: start from random weights of the student's shape instead (the baseline).
+        pairs: of layers for the hidden-state loss, where the settings ask for it.
+        validation: text for `settings.evaluate_every`.
         dtype: of the computation (default: bfloat16 where the machine has it). Masters and Adam's state are float32.
+        gradient_checkpointing: compute each layer again in the backward pass: a quarter more work, far less memory.
+        compiled: pass the student through torch.compile.
     Raises:
-        BadData: text shorter than a step. BadOutput: an unfinished run with other settings lies beside `to`.
+        BadData: text shorter than a step, or a cache of something else. BadOutput: an unfinished run with other
+        settings lies beside `to`. TrainingDiverged: no finite loss at an eighth of the learning rate either. Stopped.
     """
     to, settings = Path(to), settings or Settings()
     hardware.keep_freed_memory()
     schedule = plan(settings, hidden=student.architecture.hidden, num_blocks=len(blocks), block_size=blocks.block_size)
     dtype, device = dtype or hardware.compute_dtype(), hardware.device()
+    _check(settings, schedule, teacher, blocks, pairs, validation)
 
-    # 1. The models: a frozen teacher, and a student in `dtype` with float32 masters.
-    teacher_model = teacher.module(dtype, device).requires_grad_(False)
-    student_model = _start(student, random_init, settings.seed, device)
-    masters = _Masters(student_model, dtype)
-    optimizer = _adamw(masters, settings)
+    # 1. The teacher, and a student in `dtype` with float32 masters.
+    source = _opened(teacher, dtype, device)
+    model = _start(student, random_init, settings.seed, device)
+    losses = _Losses(model, source, blocks, settings, pairs)
+    masters = _masters(losses, dtype)
+    if gradient_checkpointing:
+        # transformers renamed it in 5.2x; the old name goes in version 6.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if compiled:
+        model.base_model.compile()
 
     # 2. Where an earlier, killed run left off.
-    key = _key(student, teacher, blocks, settings, random_init, dtype)
-    saved = training_state(to)
-    curve, seconds_before = _restore(saved, key, masters, optimizer)
+    folder = training_state(to)
+    state = _restore(folder, masters, _key(student, teacher, blocks, settings, random_init, dtype, pairs, validation))
 
     # 3. The steps.
     started = last_saved = time.monotonic()
-    for step in range(len(curve), schedule.steps):
-        rate = learning_rate(step, schedule, settings.final_share)
-        indices = batch_indices(step, schedule.batch_blocks, len(blocks), settings.seed)
-        loss = _accumulate(student_model, teacher_model, masters, blocks, indices, settings)
-        _update(optimizer, masters, rate, settings.clip)
-        curve.append({"loss": loss, "learning_rate": rate})
-        progress(Progress(step + 1, schedule.steps, _tokens(schedule, step + 1), schedule.tokens, loss, rate))
-        if time.monotonic() - last_saved >= checkpoint_seconds and step + 1 < schedule.steps:
-            _store(saved, key, masters, optimizer, curve, seconds_before + time.monotonic() - started)
-            last_saved = time.monotonic()
+
+    def store() -> None:
+        seconds = state.seconds + time.monotonic() - started
+        parallel.save_state(masters.state(), asdict(state) | {"seconds": seconds}, folder)
+
+    with _stop_signal() as stop:
+        while len(state.curve) < schedule.steps and not _on_plateau(state.curve, settings.patience):
+            step = len(state.curve)
+            rate = state.rate_factor * learning_rate(step, schedule, settings)
+            point = _accumulate(losses, masters, _hidden_weight(state.curve, settings), step, schedule)
+            point |= {"learning_rate": rate, "norm": masters.clip(settings.clip)}
+            if _is_bad(point, state.curve):
+                point["skipped"] = True
+            else:
+                masters.step(rate)
+            masters.forget_gradients()
+            if validation is not None and settings.evaluate_every and (step + 1) % settings.evaluate_every == 0:
+                with parallel.gathered(losses):
+                    point["heldout_loss"] = quality(model, validation).loss
+            state.curve.append(point)
+            progress(_progress(schedule, step + 1, point))
+            if all("skipped" in point for point in state.curve[-PATIENCE:]) and step + 1 >= PATIENCE:
+                state = _roll_back(folder, masters, state)
+                store()
+            stopping = parallel.together(stop.is_set())
+            due = parallel.together(time.monotonic() - last_saved >= checkpoint_seconds)
+            if (due or stopping) and len(state.curve) < schedule.steps:
+                store()
+                last_saved = time.monotonic()
+                if stopping:
+                    raise Stopped(f"stopped after step {len(state.curve)}; run the same command again to go on")
 
     # 4. The result.
-    seconds = seconds_before + time.monotonic() - started
-    names = student.layout
-    tensors = {name: masters.values[name].detach().to("cpu", student.dtype) for name in names}
-    record = training_record(schedule, curve, seconds)
-    written = save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
-    saved.unlink(missing_ok=True)
-    return written
+    record = training_record(schedule, state, state.seconds + time.monotonic() - started)
+    tensors = masters.weights(student.dtype)
+
+    def write() -> None:
+        save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
+        shutil.rmtree(folder, ignore_errors=True)
+
+    parallel.first_alone(write)
+    return load(to)
 
 
 def training_state(to: Path) -> Path:
-    """Where an unfinished run keeps its weights and Adam's state: beside its result."""
-    return to.with_name(f".{to.name}.training.safetensors")
+    """Where an unfinished run keeps its weights and Adam's state: a folder beside its result."""
+    return to.with_name(f".{to.name}.training")
 
 
-def training_record(schedule: Plan, curve: list[dict[str, float]], seconds: float) -> dict[str, Any]:
+def training_record(schedule: Plan, state: State, seconds: float) -> dict[str, Any]:
     """What the report shows of a training run; one point of the curve per step."""
-    points = [{"step": step, "tokens": _tokens(schedule, step), **point} for step, point in enumerate(curve, start=1)]
+    tokens = schedule.tokens_after(len(state.curve))
+    points = [
+        {"step": step, "tokens": schedule.tokens_after(step), **point}
+        for step, point in enumerate(state.curve, start=1)
+    ]
     return {
-        "steps": schedule.steps,
-        "tokens": schedule.tokens,
+        "steps": len(state.curve),
+        "tokens": tokens,
         "seconds": seconds,
-        "tokens_per_second": schedule.tokens / max(seconds, 1e-9),
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "events": state.events,
         "curve": points,
     }
 
 
-class _Masters:
-    """float32 weights of a model that computes in a shorter type.
+def _check(
+    settings: Settings,
+    schedule: Plan,
+    teacher: Checkpoint | Cache | None,
+    blocks: Blocks,
+    pairs: hidden.Pairs | None,
+    validation: Blocks | None,
+) -> None:
+    """Refuse what would fail, or teach the wrong thing, before anything is loaded."""
+    ranks = parallel.world().size
+    if schedule.batch_blocks % ranks:
+        raise BadData(
+            f"a step of {schedule.batch_blocks} blocks cannot be shared evenly by {ranks} ranks; "
+            f"set distill.batch_tokens to a multiple of {ranks * schedule.block_size:,}"
+        )
+    if isinstance(teacher, Cache):
+        found = teacher.manifest
+        wrong = [
+            name
+            for name, is_right in {
+                "text": found.text == blocks.fingerprint,
+                "temperature": found.kind == "hidden" or found.temperature == settings.temperature,
+            }.items()
+            if not is_right
+        ]
+        if wrong:
+            raise BadData(f"{teacher.folder} is the cache of another {', '.join(wrong)}; write one for this training")
+        if settings.divergence != "forward_kl" and found.kind != "hidden":
+            raise BadData(
+                f"{teacher.folder} keeps {found.kind} of each distribution, which give forward_kl only; "
+                f"{settings.divergence} needs the teacher itself, or a cache of its hidden states"
+            )
+    if settings.hidden_loss is not None and (pairs is None or not isinstance(teacher, Checkpoint)):
+        raise BadData(
+            "the hidden-state loss needs the teacher itself, and a student that was cut out of it: a folder that "
+            "prunus wrote, whose prunus.json says what was kept"
+        )
+    if settings.evaluate_every and validation is None:
+        raise BadData("evaluate_every is set, but there is no validation text")
 
-    Gradients of the micro-batches are added up in float32, the update happens in float32, and the model gets rounded
-    copies. A model that computes in float32 is its own master.
-    """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        parameters = dict(model.named_parameters())
-        self.values = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
-        hardware.place(model, dtype=dtype).train()
-        self.copies = dict(model.named_parameters())
-        for value in self.values.values():
-            value.requires_grad_(True)
-            # Allocated now, so that the first step cannot run out of memory later than the rest.
-            value.grad = torch.zeros_like(value)
+def _opened(teacher: Checkpoint | Cache | None, dtype: torch.dtype, device: torch.device) -> Teacher:
+    if not isinstance(teacher, Checkpoint):
+        return teacher or Text()
+    if not parallel.world().several:
+        return Live(teacher.module(dtype, device).requires_grad_(False))
+    live = Live(teacher.module(dtype).requires_grad_(False))
+    parallel.shard(live, live.model, dtype)
+    return live
 
-    def collect(self) -> None:
-        """Move the model's gradients onto the masters."""
-        for name, copy in self.copies.items():
-            gradient = self.values[name].grad
-            assert gradient is not None
-            if copy.grad is not None:
-                gradient.add_(copy.grad)
-                copy.grad = None
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        for name, copy in self.copies.items():
-            copy.copy_(self.values[name])
+def _masters(losses: _Losses, dtype: torch.dtype) -> Masters:
+    decay = losses.settings.weight_decay
+    if not parallel.world().several:
+        return Masters(losses.student, dtype, weight_decay=decay)
+    parallel.shard(losses, losses.student, dtype)
+    return ShardedMasters(losses.student, dtype, weight_decay=decay)
 
 
 def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.device) -> PreTrainedModel:
@@ -238,126 +277,172 @@ def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.devi
     return hardware.place(model, device=device)
 
 
-def _adamw(masters: _Masters, settings: Settings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only; β₂ = 0.95 as is usual for language models."""
-    matrices = [value for value in masters.values.values() if value.ndim >= 2]
-    vectors = [value for value in masters.values.values() if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+class _Losses(nn.Module):
+    """The losses of some blocks. A module, so that FSDP gathers the output head for the loss as it does for the model;
+    the teacher is kept out of its parameters."""
 
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher,
+        blocks: Blocks,
+        settings: Settings,
+        pairs: hidden.Pairs | None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.settings, self.blocks, self.pairs = settings, blocks, pairs
+        self._teacher = (teacher,)  # in a tuple: a module that is an attribute would be a part of this one
 
-def _accumulate(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    masters: _Masters,
-    blocks: Blocks,
-    indices: list[int],
-    settings: Settings,
-) -> float:
-    """Gradients of one step on the masters. Every micro-batch is divided by the tokens of the whole step, so the
-    result does not depend on the split."""
-    tokens_BS, positions_BS = blocks.batch(indices)
-    mask_BS = targets(tokens_BS, positions_BS)
-    num_tokens = int(mask_BS.sum())
-    loss = 0.0
-    for micro in torch.arange(len(indices)).split(settings.micro_blocks):
-        inputs = {
-            "input_ids": tokens_BS[micro].to(student.device),
-            "position_ids": positions_BS[micro].to(student.device),
-            "use_cache": False,
-        }
-        with torch.no_grad():
-            teacher_BSE = teacher.base_model(**inputs).last_hidden_state
-        student_BSH = student.base_model(**inputs).last_hidden_state
-        part = divergence(
-            "forward_kl",
+    def forward(self, indices: list[int], num_tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Divergence and hidden-state loss of these blocks, each divided by the tokens of the whole step."""
+        (teacher,) = self._teacher
+        settings, device = self.settings, hardware.device()
+        tokens_BS, positions_BS = (part.to(device) for part in self.blocks.batch(indices))
+        mask_N = targets(tokens_BS, positions_BS).flatten()
+        pairs = self.pairs if settings.hidden_loss else None
+        with contextlib.ExitStack() as stack:
+            mine = theirs = {}
+            if pairs is not None and isinstance(teacher, Live):
+                mine, theirs = (
+                    stack.enter_context(hidden.captured(model, [pair[side] for pair in pairs.layers]))
+                    for side, model in enumerate((self.student, teacher.model))
+                )
+            wanted = teacher.targets(indices, tokens_BS, positions_BS)
+            student_BSH = self.student.base_model(
+                input_ids=tokens_BS, position_ids=positions_BS, use_cache=False
+            ).last_hidden_state
+        loss = divergence(
+            settings.divergence,
             student_BSH.flatten(0, 1),
-            _head(student),
-            Dense(teacher_BSE.flatten(0, 1), _head(teacher)),
+            head(self.student),
+            wanted,
             num_tokens=num_tokens,
             temperature=settings.temperature,
-            mask_N=mask_BS[micro].flatten().to(student.device),
+            mix=settings.mix,
+            mask_N=mask_N,
+            label_N=tokens_BS.roll(-1, dims=1).flatten(),
+            cross_entropy_share=settings.cross_entropy_share,
         )
-        part.backward()
+        if pairs is None or settings.hidden_loss is None:
+            return loss, None
+        return loss, hidden.loss(settings.hidden_loss, pairs, mine, theirs, num_tokens=num_tokens, mask_N=mask_N)
+
+
+def _accumulate(losses: _Losses, masters: Masters, hidden_weight: float, step: int, schedule: Plan) -> dict[str, Any]:
+    """Gradients of one step on the masters, and its losses. Every micro-batch is divided by the tokens of the whole
+    step, over all ranks, so the result depends neither on the split nor on their number."""
+    settings, blocks = losses.settings, losses.blocks
+    indices = batch_indices(step, schedule.batch_blocks, len(blocks), settings.seed)
+    num_tokens = int(targets(*blocks.batch(indices)).sum())
+    sums = {"loss": 0.0} | ({"hidden_loss": 0.0} if settings.hidden_loss else {})
+    mine = parallel.share(indices)
+    for start in range(0, len(mine), settings.micro_blocks):
+        stop = start + settings.micro_blocks
+        parallel.sync_gradients(losses, stop >= len(mine))
+        loss, hidden_loss = losses(mine[start:stop], num_tokens)
+        sums["loss"] += float(loss.detach())
+        if hidden_loss is not None:
+            sums["hidden_loss"] += float(hidden_loss.detach())
+            loss = loss + hidden_weight * hidden_loss
+        loss.backward()
         masters.collect()
-        loss += float(part.detach())
-    return loss
+    return parallel.total(sums)
 
 
-def _head(model: PreTrainedModel) -> Head:
-    head = model.get_output_embeddings()
-    return Head(head.weight, getattr(head, "bias", None), getattr(model.config, "final_logit_softcapping", None))
+def _hidden_weight(curve: list[dict[str, Any]], settings: Settings) -> float:
+    """α = hidden_weight · L_logits / L_hidden, so that both pull alike (Minitron, arXiv:2407.14679, eq. 6): of the step
+    before, so that it does not depend on how this one is split; 0 in the first."""
+    if settings.hidden_loss is None or not curve:
+        return 0.0
+    return settings.hidden_weight * curve[-1]["loss"] / max(curve[-1]["hidden_loss"], 1e-12)
 
 
-def _update(optimizer: torch.optim.AdamW, masters: _Masters, rate: float, clip: float) -> None:
-    torch.nn.utils.clip_grad_norm_(masters.values.values(), clip)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-    masters.publish()
+def _is_bad(point: dict[str, Any], curve: list[dict[str, Any]]) -> bool:
+    """No finite loss or gradient, or a gradient far longer than those before."""
+    if not (math.isfinite(point["loss"]) and math.isfinite(point["norm"])):
+        return True
+    recent = [earlier["norm"] for earlier in curve[-HISTORY:] if "skipped" not in earlier]
+    return len(recent) >= HISTORY // 2 and point["norm"] > SPIKE * statistics.median(recent)
 
 
-def _tokens(schedule: Plan, step: int) -> int:
-    return step * schedule.batch_blocks * schedule.block_size
+def _roll_back(folder: Path, masters: Masters, state: State) -> State:
+    """The last checkpoint, to go on from at half the rate."""
+    if not parallel.has_state(folder) or len(state.events) >= MAX_ROLLBACKS:
+        raise TrainingDiverged(
+            f"the last {PATIENCE} steps up to step {len(state.curve)} had no finite loss or an exploding gradient"
+            + (f", after {len(state.events)} attempts at a lower rate" if state.events else "")
+            + ". Lower distill.learning_rate; a teacher or text that is itself broken shows the same."
+        )
+    earlier = State(**parallel.load_record(folder))
+    _load(masters, folder)
+    event = f"{PATIENCE} bad steps up to step {len(state.curve)}: back to step {len(earlier.curve)}, half the rate"
+    return dataclasses.replace(
+        earlier, events=[*state.events, event], rate_factor=state.rate_factor / 2, seconds=state.seconds
+    )
+
+
+def _on_plateau(curve: list[dict[str, Any]], patience: int) -> bool:
+    """Whether the held-out loss has not fallen in the last `patience` measurements."""
+    measured = [point["heldout_loss"] for point in curve if "heldout_loss" in point]
+    return 0 < patience < len(measured) and min(measured[-patience:]) >= min(measured[:-patience])
+
+
+def _progress(schedule: Plan, step: int, point: dict[str, Any]) -> Progress:
+    values = {name: point.get(name) for name in ("loss", "learning_rate", "norm", "heldout_loss")}
+    return Progress(step, schedule.steps, schedule.tokens_after(step), schedule.tokens, **values)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Set when the process is asked to stop, as a scheduler does before it takes the machine away."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may listen to signals
+        return
+
+    def ask(_: int, __: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _key(
     student: Checkpoint,
-    teacher: Checkpoint,
+    teacher: Checkpoint | Cache | None,
     blocks: Blocks,
     settings: Settings,
     random_init: bool,
     dtype: torch.dtype,
+    pairs: hidden.Pairs | None,
+    validation: Blocks | None,
 ) -> str:
     """Names everything that the weights after a step depend on."""
-    parts = [student.fingerprint, teacher.fingerprint, blocks.fingerprint, str(dataclasses.astuple(settings))]
-    return hashlib.sha256("|".join([*parts, str(random_init), str(dtype)]).encode()).hexdigest()
+    source = teacher.fingerprint if isinstance(teacher, Checkpoint) else str(teacher and teacher.manifest)
+    parts = [student.fingerprint, source, blocks.fingerprint, str(dataclasses.astuple(settings)), str(random_init)]
+    parts += [str(dtype), str(pairs and pairs.layers), validation.fingerprint if validation else ""]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
-def _store(
-    file: Path,
-    key: str,
-    masters: _Masters,
-    optimizer: torch.optim.AdamW,
-    curve: list[dict[str, float]],
-    seconds: float,
-) -> None:
-    state: dict[str, Tensor] = {}
-    for name, value in masters.values.items():
-        moments = optimizer.state[value]
-        state |= {f"weight/{name}": value.detach()}
-        state |= {f"{part}/{name}": moments[part] for part in ("exp_avg", "exp_avg_sq")}
-    with atomic_file(file) as partial:
-        metadata = {"key": key, "curve": json.dumps(curve), "seconds": str(seconds)}
-        save_file({name: value.cpu().contiguous() for name, value in state.items()}, partial, metadata=metadata)
-
-
-def _restore(
-    file: Path, key: str, masters: _Masters, optimizer: torch.optim.AdamW
-) -> tuple[list[dict[str, float]], float]:
-    """Put a stored state back. Returns the loss curve so far (its length is the next step) and the seconds spent."""
-    if not file.is_file():
+def _restore(folder: Path, masters: Masters, key: str) -> State:
+    """The state of an earlier run, its weights and moments put back; or that of a new one."""
+    if not parallel.has_state(folder):
         masters.publish()
-        return [], 0.0
-    try:
-        with safe_open(file, framework="pt") as state:
-            metadata: Mapping[str, str] = state.metadata()
-            if metadata["key"] != key:
-                raise BadOutput(
-                    f"{file} is an unfinished distillation with other settings, text or models. "
-                    "Delete it to start anew, or write to another folder."
-                )
-            curve = json.loads(metadata["curve"])
-            with torch.no_grad():
-                for name, value in masters.values.items():
-                    value.copy_(state.get_tensor(f"weight/{name}"))
-                    optimizer.state[value] = {
-                        "step": torch.tensor(float(len(curve))),
-                        "exp_avg": state.get_tensor(f"exp_avg/{name}").to(value.device),
-                        "exp_avg_sq": state.get_tensor(f"exp_avg_sq/{name}").to(value.device),
-                    }
-    except SafetensorError as error:
-        raise BadOutput(f"{file} cannot be read ({error}); delete it and run the command again") from error
+        return State(key)
+    state = State(**parallel.load_record(folder))
+    if state.key != key:
+        raise BadOutput(
+            f"{folder} is an unfinished distillation with other settings, text or models. "
+            "Delete it to start anew, or write to another folder."
+        )
+    _load(masters, folder)
+    return state
+
+
+def _load(masters: Masters, folder: Path) -> None:
+    parallel.load_state(masters.state(), folder)
     masters.publish()
-    return curve, float(metadata["seconds"])

@@ -27,3 +27,11 @@ class BudgetUnreachable(PrunusError):
 
 class BadOutput(PrunusError):
     """The output folder belongs to someone else, is in use, or the disk is full."""
+
+
+class TrainingDiverged(PrunusError):
+    """The loss is not finite, or explodes again and again."""
+
+
+class Stopped(PrunusError):
+    """The process was asked to stop, has saved its state, and goes on when the command is run again."""

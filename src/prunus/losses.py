@@ -184,6 +184,20 @@ def sampled_kl(
     return temperature**2 * -_masked(log_q_NV.gather(1, ids_NK).mean(-1), mask_N).sum() / num_tokens
 
 
+def hidden_cosine(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
+    """1 − cos of each token's states, float32 [N]. Blind to their size."""
+    return 1 - F.cosine_similarity(student_NH.float(), teacher_NH.float(), dim=-1)
+
+
+def hidden_mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
+    """‖s − t‖² / ‖t‖² of each token's states, float32 [N]: a token with massive activations counts like any other."""
+    difference_N = (student_NH.float() - teacher_NH.float()).square().sum(-1)
+    return difference_N / teacher_NH.float().square().sum(-1).clamp_min(1e-12)
+
+
+HIDDEN_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": hidden_cosine, "mse": hidden_mse}
+
+
 def check_arguments(
     student_tokens: int,
     other_tokens: int,

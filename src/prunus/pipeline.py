@@ -7,9 +7,9 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, hardware, importance, results, text
+from prunus import architecture, console, cost, hardware, hidden, importance, results, text
 from prunus.budget import parse_budget
-from prunus.distill import Progress, Settings, distill
+from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, documents, is_held_out, shuffled
 from prunus.errors import BadRecipe
 from prunus.files import atomic_file
@@ -17,10 +17,13 @@ from prunus.measure import measure, save_statistics, with_leave_one_out
 from prunus.prune import prune
 from prunus.recipe import STAGES, Data, Recipe
 from prunus.report import model_card, write_report
-from prunus.run import BASELINE, Run, claim, open_run, write_json
+from prunus.run import BASELINE, TEACHER_CACHE, Run, claim, open_run, write_json
+from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Search, legal_architectures, search
 from prunus.selection import check_legal
+from prunus.teacher import Cache, write_cache
+from prunus.trackers import Track, tracked
 
 FEW_DOCUMENTS = 100
 """With fewer, the tail of each is held out; a share of so few documents could be none."""
@@ -160,28 +163,55 @@ def _prune(run: Run) -> None:
 
 def _distill(run: Run) -> None:
     """Train the student on its teacher; with `baseline` also its shape from random weights."""
-    settings = Settings(**run.recipe.distill.hyperparameters())
+    options = run.recipe.distill
+    settings = Settings(**options.hyperparameters())
     # The result, and float32 weights with Adam's two moments while it is under way.
     run.require_space(run.pruned.bytes + 12 * run.pruned.parameters, "distillation")
+    teacher = run.teacher if options.teacher_cache is None else _teacher_cache(run, options.teacher_cache)
+    pairs = None
+    if settings.hidden_loss is not None:
+        pairs = hidden.pairs_of_cut(run.pruned, run.teacher, count=settings.hidden_layers)
     starts = {run.path("distill"): False} | ({run.root / BASELINE: True} if run.recipe.baseline else {})
     for to, random_init in starts.items():
         if to.exists():
             continue
-        with console.bar("random init" if random_init else "student", unit="tokens") as step:
+        name = "random init" if random_init else "student"
+        with console.bar(name, unit="tokens") as step, tracked(options.trackers, f"{run.root.name} {name}") as track:
             distill(
                 run.pruned,
-                run.teacher,
+                teacher,
                 run.train,
                 to=to,
                 settings=settings,
-                checkpoint_seconds=run.recipe.distill.checkpoint_seconds,
+                pairs=pairs,
+                validation=run.validation if settings.evaluate_every else None,
+                gradient_checkpointing=options.gradient_checkpointing,
+                compiled=options.compile,
+                checkpoint_seconds=options.checkpoint_seconds,
                 random_init=random_init,
-                progress=partial(_show_step, step),
+                progress=partial(_show_step, step, track),
             )
 
 
-def _show_step(step: Callable[..., None], at: Progress) -> None:
+def _teacher_cache(run: Run, kind: str) -> Cache:
+    """What the teacher says of the training text, written once and read by every training of this run."""
+    options = run.recipe.distill
+    with console.bar("teacher cache", unit="tokens") as step:
+        return write_cache(
+            run.teacher,
+            run.train,
+            to=run.root / TEACHER_CACHE,
+            kind=kind,
+            per_token=options.cache_per_token,
+            temperature=options.temperature,
+            seed=options.seed,
+            progress=step,
+        )
+
+
+def _show_step(step: Callable[..., None], track: Track, at: Progress) -> None:
     step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}")
+    track(at)
 
 
 def _evaluate(run: Run) -> None:

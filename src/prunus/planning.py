@@ -13,11 +13,11 @@ from prunus.architecture import Architecture, parse
 from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.console import duration
-from prunus.distill import Settings
-from prunus.distill import plan as plan_training
 from prunus.errors import BadRecipe
 from prunus.recipe import Recipe
 from prunus.run import OUTPUTS
+from prunus.schedule import Settings
+from prunus.schedule import plan as plan_training
 from prunus.search import legal_architectures
 from prunus.selection import check_legal
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +16,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from prunus import importance
 from prunus.budget import check_amount, parse_quantity
 from prunus.errors import BadRecipe
+from prunus.losses import DIVERGENCES, HIDDEN_LOSSES
+from prunus.schedule import SCHEDULES, Settings
+from prunus.teacher import KINDS
 
 STAGES = ("text", "measure", "score", "search", "prune", "distill", "evaluate", "report")
 Stage = Literal["text", "measure", "score", "search", "prune", "distill", "evaluate", "report"]
@@ -67,8 +71,14 @@ class Measure(Section):
 
 
 def _one_of(axis: str) -> Any:
+    return _name(importance.AGGREGATIONS if axis == "aggregation" else tuple(importance.TABLE[axis]))
+
+
+def _name(options: Iterable[str]) -> Any:
+    """One of these names; a typo gets a suggestion."""
+    options = tuple(options)
+
     def check(value: str) -> str:
-        options = importance.AGGREGATIONS if axis == "aggregation" else tuple(importance.TABLE[axis])
         if value not in options:
             close = difflib.get_close_matches(value, options, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(options)}"
@@ -107,23 +117,43 @@ class Prune(Section):
 
 
 class Distill(Section):
-    """The training. See `prunus.distill.Settings`."""
+    """The training. See `prunus.schedule.Settings`."""
 
     tokens: Count | None = Field(None, description="training tokens; default: the text once")
     batch_tokens: Count | None = Field(None, description="tokens of a step; default: at least 128 steps")
     micro_blocks: Count = 2
     learning_rate: float | None = Field(None, gt=0, description="peak; default: 3e-4 · √(576 / hidden)")
+    schedule: _name(SCHEDULES) = "cosine"  # type: ignore[valid-type]
     final_share: float = Field(0.1, ge=0, le=1)
     warmup_share: float = Field(0.05, ge=0, le=1)
+    decay_share: float = Field(0.2, ge=0, le=1, description="of schedule=wsd: share of the steps in which it falls")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
+    divergence: _name(DIVERGENCES) = "forward_kl"  # type: ignore[valid-type]
     temperature: float = Field(1.0, gt=0)
+    mix: float = Field(0.5, gt=0, lt=1, description="β of jsd, α of skewed_kl and skewed_reverse_kl")
+    cross_entropy_share: float = Field(0.0, ge=0, le=1, description="share of the text's own next token in the loss")
+    hidden_loss: _name(HIDDEN_LOSSES) | None = Field(  # type: ignore[valid-type]
+        None, description="also compare hidden states; worth it where depth was cut"
+    )
+    hidden_weight: float = Field(1.0, gt=0, description="of it; at 1 it is as large as the divergence")
+    hidden_layers: Count = Field(4, description="how many layers it compares")
+    evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0: never")
+    patience: int = Field(0, ge=0, description="measurements without gain before training ends early; 0: never")
     seed: int = 0
+    teacher_cache: _name(KINDS) | None = Field(  # type: ignore[valid-type]
+        None, description="run the teacher once and keep what the loss needs; pays from the second epoch or student on"
+    )
+    cache_per_token: Count = Field(12, description="ids that a cache of samples or top_k keeps of each token")
+    gradient_checkpointing: bool = Field(False, description="a quarter more work for far less memory")
+    compile: bool = Field(False, description="pass the student through torch.compile")
+    trackers: list[_name(("tensorboard", "wandb", "trackio"))] = []  # type: ignore[valid-type]
     checkpoint_seconds: float = Field(120.0, ge=0, description="between checkpoints: what a killed run loses at most")
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Arguments of `prunus.distill.Settings`: all that the weights depend on."""
-        return self.model_dump(exclude={"checkpoint_seconds"})
+        """Arguments of `prunus.schedule.Settings`: all that the weights depend on, but for the teacher's cache."""
+        names = {field.name for field in dataclasses.fields(Settings)}
+        return {name: value for name, value in self.model_dump().items() if name in names}
 
 
 class LocalTask(Section):

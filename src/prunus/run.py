@@ -44,6 +44,7 @@ OUTPUTS = {
     "report": ("5-report.json", "report.html"),
 }
 BASELINE = "4-baseline"
+TEACHER_CACHE = "4-teacher-cache"
 DEPENDS_ON = {
     "text": ("model", "data", "distill.tokens", "measure.tokens"),
     "measure": ("measure", "distill.seed"),
@@ -55,7 +56,7 @@ DEPENDS_ON = {
     "report": (),
 }
 """Recipe keys that each stage is the first to depend on."""
-WITHOUT_EFFECT = {"distill": {"checkpoint_seconds"}}
+WITHOUT_EFFECT = {"distill": {"checkpoint_seconds", "gradient_checkpointing", "trackers"}}
 """Keys inside those that change no result."""
 
 
@@ -268,7 +269,7 @@ def _remove(root: Path, names: tuple[str, ...]) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True) if path.is_file() else None
-        training_state(path).unlink(missing_ok=True)
+        shutil.rmtree(training_state(path), ignore_errors=True)
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -277,4 +278,4 @@ def _remove_leftovers(root: Path) -> None:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     for name in (*OUTPUTS["distill"], BASELINE):
         if (root / name).exists():
-            training_state(root / name).unlink(missing_ok=True)
+            shutil.rmtree(training_state(root / name), ignore_errors=True)

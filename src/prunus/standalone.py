@@ -14,12 +14,12 @@ from rich.table import Table
 from prunus import console, hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import Checkpoint, load, verify_weights
-from prunus.distill import Settings
 from prunus.distill import distill as train
 from prunus.documents import documents, shuffled
 from prunus.errors import BadCheckpoint, BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
 from prunus.recipe import Distill, parse_section
+from prunus.schedule import Settings
 from prunus.tasks import run_tasks
 from prunus.text import Blocks, tokenise
 

@@ -1,0 +1,108 @@
+"""float32 weights and AdamW's moments, of a model that computes in a shorter type or is spread over ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunus import hardware, parallel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Masters:
+    """A model's trained weights in float32, which is what the optimizer sees.
+
+    Gradients of the micro-batches are added up in float32, the update happens in float32, and the model gets rounded
+    copies. All memory of the optimizer is taken here, so that a step cannot run out of it later than the first.
+
+    Attributes:
+        values: name → float32 weight.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, *, weight_decay: float) -> None:
+        self.values = self._prepare(model.train(), dtype)
+        self.optimizer = _adamw(list(self.values.values()), weight_decay)
+        for value in self.values.values():
+            step = torch.zeros((), device=value.device)
+            self.optimizer.state[value] = {"step": step, **{name: torch.zeros_like(value) for name in MOMENTS}}
+
+    def _prepare(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+        values = {name: value.detach().float().clone() for name, value in _trained(model).items()}
+        for value in values.values():
+            value.requires_grad_(True)
+            value.grad = torch.zeros_like(value)
+        hardware.place(model, dtype=dtype)
+        self.copies = {name: copy for name, copy in model.named_parameters() if name in values}
+        return values
+
+    def collect(self) -> None:
+        """Move the model's gradients onto the masters."""
+        for name, copy in self.copies.items():
+            gradient = self.values[name].grad
+            assert gradient is not None
+            if copy.grad is not None:
+                gradient.add_(copy.grad)
+                copy.grad = None
+
+    def clip(self, most: float) -> float:
+        """Scale the gradients down to a norm of at most `most`; returns what the norm was."""
+        return float(parallel.whole(torch.nn.utils.clip_grad_norm_(self.values.values(), most)))
+
+    def step(self, rate: float) -> None:
+        """One update at this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.publish()
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the model rounded copies of the weights."""
+        for name, copy in self.copies.items():
+            copy.copy_(self.values[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, moments and step counts by name, in place: what is stored, and filled again."""
+        state: dict[str, Tensor] = {}
+        for name, value in self.values.items():
+            state[f"weight/{name}"] = value.detach()
+            state |= {f"{key}/{name}": part for key, part in self.optimizer.state[value].items()}
+        return state
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Whole weights on the CPU. A collective: every rank must call it."""
+        return {name: parallel.whole(value.detach()).to("cpu", dtype) for name, value in self.values.items()}
+
+
+class ShardedMasters(Masters):
+    """The same where the model is sharded (`parallel.shard`): FSDP keeps the float32 weights, sums the gradients and
+    makes the rounded copies itself."""
+
+    def _prepare(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+        return _trained(model)
+
+    def collect(self) -> None:
+        pass
+
+    def publish(self) -> None:
+        pass
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _adamw(values: list[Tensor], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only; β₂ = 0.95 as is usual for language models."""
+    matrices = [value for value in values if value.ndim >= 2]
+    vectors = [value for value in values if value.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)

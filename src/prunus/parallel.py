@@ -1,0 +1,228 @@
+"""Several processes on one model: FSDP2 shards, who does what, and checkpoints that any number of ranks can read.
+
+A process that torchrun started knows its rank from the environment; every other process is a world of one, for which
+all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from prunus import hardware, layerwise
+from prunus.errors import BadOutput
+from prunus.files import full_disk_is_an_error
+
+TIMEOUT = timedelta(days=2)
+"""How long a rank waits for the first to finish what it does alone: measuring and cutting a large model takes hours."""
+STATE = "state.json"
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+
+@functools.cache
+def world() -> World:
+    """The ranks that torchrun started, connected; or this process alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo beside nccl: checkpoints and small objects travel on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    return World(dist.get_rank(), size)
+
+
+def first_alone(task: Callable[[], None]) -> None:
+    """The first rank does it while the others wait.
+
+    Raises:
+        SystemExit: in the other ranks, where the first one failed: it says why.
+    """
+    here = world()
+    if not here.several:
+        task()
+        return
+    failed = [True]
+    try:
+        if here.first:
+            task()
+            failed = [False]
+    finally:
+        dist.broadcast_object_list(failed)
+    if failed[0]:
+        raise SystemExit(2)
+
+
+def together(value: bool) -> bool:
+    """Whether it is true in any rank."""
+    if not world().several:
+        return value
+    flag = torch.tensor(float(value))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def total(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over the ranks."""
+    if not world().several:
+        return dict(values)
+    stacked = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(stacked)
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def share(items: list[Value]) -> list[Value]:
+    """What this rank takes of the items of a step: each its own run of them, the same number for all."""
+    here = world()
+    part = len(items) // here.size
+    return items[here.rank * part : (here.rank + 1) * part]
+
+
+def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Spread a model's float32 parameters over the ranks; each layer is gathered in `dtype` when it runs.
+
+    Gradients are summed over the ranks, not averaged: the losses are divided by the tokens of all of them already.
+
+    Args:
+        root: the module whose forward uses the embedding and the output head, tied or not; they are gathered together
+            with it and stay gathered until its backward pass.
+        model: the part of `root` that holds the layers.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(hardware.device().type, (world().size,))
+    for layer in layerwise.body(model).layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+            module.set_gradient_divide_factor(1.0)
+
+
+def sync_gradients(root: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass ends with the sum over the ranks: only the last micro-batch of a step needs it."""
+    if isinstance(root, FSDPModule):
+        root.set_requires_gradient_sync(wanted)
+
+
+@contextlib.contextmanager
+def gathered(root: nn.Module) -> Iterator[None]:
+    """Inside, the embedding and the head of a sharded model are whole, and its parts can be called one by one."""
+    if isinstance(root, FSDPModule):
+        root.unshard()
+    yield
+    if isinstance(root, FSDPModule):
+        root.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered on every rank; another one as it is."""
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full
+
+
+def save_state(tensors: Mapping[str, Tensor], record: Mapping[str, Any], folder: Path) -> None:
+    """Tensors, sharded or not, and a JSON record, as the newest version in `folder`; the one before is then removed.
+
+    The files are safetensors, one per rank; `load_state` reads them on any number of ranks. A version appears whole or
+    not at all, and one is there at any time once the first is written.
+    """
+    before = _versions(folder)
+    partial, number = folder / ".partial", len(before) and int(before[-1].name) + 1
+    if world().first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    with full_disk_is_an_error(folder), _alone_is_meant():
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        save(dict(tensors), storage_writer=writer, no_dist=not world().several)
+    if world().first:
+        with full_disk_is_an_error(folder):
+            (partial / STATE).write_text(json.dumps(record))
+        partial.replace(folder / f"{number}")
+        for version in before:
+            shutil.rmtree(version)
+    _barrier()
+
+
+def has_state(folder: Path) -> bool:
+    return bool(_versions(folder))
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """The record that `save_state` wrote last. Raises BadOutput where it cannot be read."""
+    try:
+        record: dict[str, Any] = json.loads((_versions(folder)[-1] / STATE).read_text())
+        return record
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, error) from error
+
+
+def load_state(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill the tensors, sharded or not, with what `save_state` wrote last. Raises BadOutput if that is damaged."""
+    try:
+        with _alone_is_meant():
+            reader = HuggingFaceStorageReader(str(_versions(folder)[-1]))
+            load(dict(tensors), storage_reader=reader, no_dist=not world().several)
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+@contextlib.contextmanager
+def _alone_is_meant() -> Iterator[None]:
+    """Without the warning that a world of one gets even where it asks for no_dist."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _versions(folder: Path) -> list[Path]:
+    """Whole versions, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def unreadable(folder: Path, error: Exception) -> BadOutput:
+    return BadOutput(f"{folder} cannot be read ({error}); delete it and run the command again")
+
+
+def _barrier() -> None:
+    if world().several:
+        dist.barrier()

@@ -1,0 +1,128 @@
+"""Several ranks train as one does: the same loss curve, the same weights, from each other's checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import add_tokenizer, tiny_model
+
+import prunus as pr
+from prunus import parallel
+from prunus.documents import documents
+from prunus.importance import score
+from prunus.measure import measure
+from prunus.prune import prune
+from prunus.text import tokenise
+
+SETTINGS = {"tokens": 1024, "batch_tokens": 128, "micro_blocks": 1, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def setting(request, corpus, tmp_path_factory):
+    """Folders of teacher, student and text: an untied head, and one tied to a scaled embedding."""
+    folder = tmp_path_factory.mktemp("ranks")
+    teacher = tiny_model(request.param, folder / "teacher")
+    add_tokenizer(folder / "teacher")
+    text = tokenise(documents(str(corpus)), teacher.tokenizer(), block_size=32, to=folder / "text", label="test")
+    target = teacher.architecture.replace(layers=3, ffn=24)
+    student = prune(teacher, score(measure(teacher, text.head(8))), target, to=folder / "student")
+    return {"teacher": str(teacher.folder), "student": str(student.folder), "text": str(folder / "text")}
+
+
+def trained(ranks: int, setting: dict[str, str], to: Path, *, code: int = 0, **options: object) -> None:
+    settings = SETTINGS | options.pop("settings", {})
+    arguments = setting | {"to": str(to), "dtype": "float32", "settings": settings} | options
+    script = [str(Path(__file__).with_name("ranks.py")), json.dumps(arguments)]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    run = subprocess.run(
+        [sys.executable, *launch, *script],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (run.returncode != 0) == (code != 0), run.stderr[-6000:]
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    return json.loads((folder / "training.json").read_text())["curve"]
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    for key in ("loss", "norm"):
+        assert [p[key] for p in curve(folder)] == pytest.approx([p[key] for p in curve(expected)], rel=1e-5)
+    weights, wanted = (dict(pr.load(path).tensors()) for path in (folder, expected))
+    assert weights.keys() == wanted.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(setting, tmp_path_factory):
+    """What one undisturbed rank gives."""
+    to = tmp_path_factory.mktemp("alone") / "student"
+    trained(1, setting, to)
+    return to
+
+
+def test_two_ranks_are_one(setting, alone, tmp_path):
+    trained(2, setting, tmp_path / "two")
+    assert_same(tmp_path / "two", alone)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_rank_goes_on_with_two_and_two_with_one(setting, alone, tmp_path):
+    to = tmp_path / "parts"
+    trained(1, setting, to, stop_after=2, code=1)
+    trained(2, setting, to, stop_after=5, code=1)
+    assert not to.exists()
+    trained(1, setting, to)
+    assert_same(to, alone)
+
+
+def test_two_ranks_with_hidden_loss_cross_entropy_and_evaluation(setting, tmp_path):
+    settings = {"hidden_loss": "mse", "hidden_layers": 2, "cross_entropy_share": 0.2, "evaluate_every": 4}
+    for ranks in (1, 2):
+        trained(ranks, setting, tmp_path / str(ranks), settings=settings)
+    assert_same(tmp_path / "2", tmp_path / "1")
+    for key in ("hidden_loss", "heldout_loss"):
+        one, two = ([point[key] for point in curve(tmp_path / ranks) if key in point] for ranks in "12")
+        assert len(one) > 1
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_two_ranks_in_bfloat16_stay_near_one(setting, tmp_path):
+    for ranks in (1, 2):
+        trained(ranks, setting, tmp_path / str(ranks), dtype="bfloat16")
+    one, two = ([point["loss"] for point in curve(tmp_path / ranks)] for ranks in "12")
+    assert two == pytest.approx(one, rel=0.02)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(setting, tmp_path):
+    trained(2, setting, tmp_path / "a", settings={"batch_tokens": 96}, code=1)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_process_alone_is_a_world_of_one():
+    assert parallel.world() == parallel.World(0, 1)
+    assert parallel.share([1, 2, 3]) == [1, 2, 3]
+    assert parallel.total({"a": 1.5}) == {"a": 1.5}
+    assert parallel.together(True)
+    assert not parallel.together(False)
+
+
+def test_states_follow_each_other_whole(tmp_path):
+    folder = tmp_path / "state"
+    assert not parallel.has_state(folder)
+    for number in range(3):
+        parallel.save_state({"a": torch.full((3,), float(number))}, {"step": number}, folder)
+    (folder / ".partial").mkdir()  # of a process that was killed
+    found = {"a": torch.zeros(3)}
+    parallel.load_state(found, folder)
+    assert parallel.load_record(folder) == {"step": 2}
+    assert found["a"].tolist() == [2.0] * 3
+    assert sorted(path.name for path in folder.iterdir()) == [".partial", "2"]
