@@ -93,6 +93,8 @@ def _run(
         changes["stop_after"] = "report"  # the run may have been stopped earlier; now everything is asked for
     recipe = _recipe(source, changes, settings)
     run = compress(recipe, redo=redo or again is not None, redo_stage=again)
+    if not console.FIRST:
+        return
     if as_json:
         files = {name: str(run.path(name)) for name in STAGES if run.finished(name)}
         typer.echo(json.dumps({"run": str(run.root), "files": files}))
@@ -161,6 +163,9 @@ def plan(
     data: DataOption = None,
     tokens: Tokens = None,
     to: To = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs instead of for this machine.")] = None,
+    tflops: Annotated[float, typer.Option(help="GEMM rate of each of them, in TFLOP/s.")] = 600,
+    gigabytes: Annotated[float, typer.Option(help="Memory of each of them.")] = 80,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +180,8 @@ def plan(
         "distill.tokens": tokens,
         "to": to and str(to),
     }
-    result = planning.plan(_recipe(source, changes, settings))
+    machine = None if gpus is None else planning.Machine(gpus, tflops * 1e12, int(gigabytes * 1e9))
+    result = planning.plan(_recipe(source, changes, settings), machine)
     typer.echo(json.dumps(result)) if as_json else planning.show(result)
 
 
@@ -187,7 +193,9 @@ _stage_command("prune", "Cut and repair; writes 3-pruned/.")
 
 @app.command()
 def distill(
-    student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="A model to train, or the folder of a run.")],
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT|RECIPE|RUN", help="A model to train, a recipe.yaml, or a run's folder.")
+    ],
     teacher: Annotated[str | None, typer.Option(help="The model to learn from; not needed for a run.")] = None,
     data: DataOption = None,
     heldout: Heldout = None,
@@ -196,13 +204,16 @@ def distill(
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Distil any model into another of the same vocabulary, or do this stage of a run again."""
+    """Distil any model into another of the same vocabulary; or a recipe up to this stage, or this stage of a run again.
+
+    On several GPUs: **torchrun --nproc-per-node 8 -m prunus distill recipe.yaml**
+    """
     from prunus import standalone
     from prunus.run import is_run
 
-    if is_run(Path(student)):
+    if is_run(Path(student)) or Path(student).suffix in (".yaml", ".yml"):
         changes = {"data.train": data, "data.heldout": heldout, "distill.tokens": tokens}
-        _run("distill", student, changes, settings, redo=True, as_json=as_json)
+        _run("distill", student, changes, settings, redo=is_run(Path(student)), as_json=as_json)
         return
     missing = [name for name, value in (("--teacher", teacher), ("--data", data), ("--to", to)) if value is None]
     if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Of several processes that train together, one reports."""
 ERRORS = Console(stderr=True, highlight=False)
 """Progress and messages go to stderr; stdout is for results."""
 
@@ -41,7 +44,7 @@ def stage(title: str) -> Iterator[None]:
 @contextlib.contextmanager
 def bar(description: str, *, unit: str = "") -> Iterator[Callable[..., None]]:
     """A progress bar; nothing where stderr is not a terminal. Yields step(done, total, note='')."""
-    if not sys.stderr.isatty():
+    if not (FIRST and sys.stderr.isatty()):
         yield lambda done, total, note="": None
         return
     columns = (

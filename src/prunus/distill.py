@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prunus import hardware, hidden, parallel
+from prunus import hardware, hidden, memory, parallel
 from prunus.checkpoint import Checkpoint, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
@@ -69,6 +69,7 @@ class State:
 
     Attributes:
         key: names models, text and settings.
+        micro_blocks: chosen at the first start, so that a run that goes on elsewhere rounds alike.
         curve: one point per step: loss, learning_rate, norm, and where they apply hidden_loss, heldout_loss, skipped.
         events: what happened besides plain steps.
         rate_factor: halved by each roll-back.
@@ -76,6 +77,7 @@ class State:
     """
 
     key: str
+    micro_blocks: int
     curve: list[dict[str, Any]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     rate_factor: float = 1.0
@@ -124,11 +126,16 @@ def distill(
     schedule = plan(settings, hidden=student.architecture.hidden, num_blocks=len(blocks), block_size=blocks.block_size)
     dtype, device = dtype or hardware.compute_dtype(), hardware.device()
     _check(settings, schedule, teacher, blocks, pairs, validation)
+    key = _key(student, teacher, blocks, settings, random_init, dtype, pairs, validation)
+    folder = training_state(to)
+    state = _earlier(folder, key) or State(
+        key, settings.micro_blocks or _fitting(student, teacher, schedule, dtype, gradient_checkpointing)
+    )
 
     # 1. The teacher, and a student in `dtype` with float32 masters.
     source = _opened(teacher, dtype, device)
     model = _start(student, random_init, settings.seed, device)
-    losses = _Losses(model, source, blocks, settings, pairs)
+    losses = _Losses(model, source, blocks, settings, pairs, state.micro_blocks)
     masters = _masters(losses, dtype)
     if gradient_checkpointing:
         # transformers renamed it in 5.2x; the old name goes in version 6.
@@ -138,8 +145,9 @@ def distill(
         model.base_model.compile()
 
     # 2. Where an earlier, killed run left off.
-    folder = training_state(to)
-    state = _restore(folder, masters, _key(student, teacher, blocks, settings, random_init, dtype, pairs, validation))
+    if parallel.has_state(folder):
+        parallel.load_state(masters.state(), folder)
+    masters.publish()
 
     # 3. The steps.
     started = last_saved = time.monotonic()
@@ -288,9 +296,10 @@ class _Losses(nn.Module):
         blocks: Blocks,
         settings: Settings,
         pairs: hidden.Pairs | None,
+        micro_blocks: int,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.micro_blocks = student, micro_blocks
         self.settings, self.blocks, self.pairs = settings, blocks, pairs
         self._teacher = (teacher,)  # in a tuple: a module that is an attribute would be a part of this one
 
@@ -337,8 +346,8 @@ def _accumulate(losses: _Losses, masters: Masters, hidden_weight: float, step: i
     num_tokens = int(targets(*blocks.batch(indices)).sum())
     sums = {"loss": 0.0} | ({"hidden_loss": 0.0} if settings.hidden_loss else {})
     mine = parallel.share(indices)
-    for start in range(0, len(mine), settings.micro_blocks):
-        stop = start + settings.micro_blocks
+    for start in range(0, len(mine), losses.micro_blocks):
+        stop = start + losses.micro_blocks
         parallel.sync_gradients(losses, stop >= len(mine))
         loss, hidden_loss = losses(mine[start:stop], num_tokens)
         sums["loss"] += float(loss.detach())
@@ -375,7 +384,8 @@ def _roll_back(folder: Path, masters: Masters, state: State) -> State:
             + ". Lower distill.learning_rate; a teacher or text that is itself broken shows the same."
         )
     earlier = State(**parallel.load_record(folder))
-    _load(masters, folder)
+    parallel.load_state(masters.state(), folder)
+    masters.publish()
     event = f"{PATIENCE} bad steps up to step {len(state.curve)}: back to step {len(earlier.curve)}, half the rate"
     return dataclasses.replace(
         earlier, events=[*state.events, event], rate_factor=state.rate_factor / 2, seconds=state.seconds
@@ -428,21 +438,34 @@ def _key(
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
-def _restore(folder: Path, masters: Masters, key: str) -> State:
-    """The state of an earlier run, its weights and moments put back; or that of a new one."""
+def _earlier(folder: Path, key: str) -> State | None:
+    """The state of an earlier run of the same, if there is one."""
     if not parallel.has_state(folder):
-        masters.publish()
-        return State(key)
+        return None
     state = State(**parallel.load_record(folder))
     if state.key != key:
         raise BadOutput(
             f"{folder} is an unfinished distillation with other settings, text or models. "
             "Delete it to start anew, or write to another folder."
         )
-    _load(masters, folder)
     return state
 
 
-def _load(masters: Masters, folder: Path) -> None:
-    parallel.load_state(masters.state(), folder)
-    masters.publish()
+def _fitting(
+    student: Checkpoint,
+    teacher: Checkpoint | Cache | None,
+    schedule: Plan,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+) -> int:
+    """Blocks of a micro-batch. Raises DoesNotFit before anything is loaded."""
+    need = memory.training(
+        teacher if isinstance(teacher, Checkpoint) else None,
+        student,
+        tokens=schedule.block_size,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        ranks=parallel.world().size,
+    )
+    found = memory.fitting_micro_batch(need, block_size=schedule.block_size, batch_blocks=schedule.batch_blocks)
+    return parallel.first_says(found)

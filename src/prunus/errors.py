@@ -35,3 +35,7 @@ class TrainingDiverged(PrunusError):
 
 class Stopped(PrunusError):
     """The process was asked to stop, has saved its state, and goes on when the command is run again."""
+
+
+class DoesNotFit(PrunusError):
+    """The memory is too small for what was asked; the message says what would fit."""

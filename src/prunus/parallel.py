@@ -69,7 +69,7 @@ def world() -> World:
     return World(dist.get_rank(), size)
 
 
-def first_alone(task: Callable[[], None]) -> None:
+def first_alone(task: Callable[[], object]) -> None:
     """The first rank does it while the others wait.
 
     Raises:
@@ -88,6 +88,15 @@ def first_alone(task: Callable[[], None]) -> None:
         dist.broadcast_object_list(failed)
     if failed[0]:
         raise SystemExit(2)
+
+
+def first_says(value: Value) -> Value:
+    """The value of the first rank, which alone may know."""
+    if not world().several:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said)
+    return said[0]
 
 
 def together(value: bool) -> bool:

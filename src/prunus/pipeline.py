@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-from prunus import architecture, console, cost, hardware, hidden, importance, results, text
+from prunus import architecture, console, cost, hardware, hidden, importance, parallel, results, text
 from prunus.budget import parse_budget
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, documents, is_held_out, shuffled
@@ -22,7 +24,7 @@ from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Search, legal_architectures, search
 from prunus.selection import check_legal
-from prunus.teacher import Cache, write_cache
+from prunus.teacher import Cache, open_cache, write_cache
 from prunus.trackers import Track, tracked
 
 FEW_DOCUMENTS = 100
@@ -40,12 +42,26 @@ def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = Non
     """
     run = open_run(recipe)
     _check_goal(run)
-    with claim(run, redo=redo, redo_stage=redo_stage):
+    with contextlib.ExitStack() as stack:
+        parallel.first_alone(lambda: stack.enter_context(claim(run, redo=redo, redo_stage=redo_stage)))
         for stage in STAGES[: STAGES.index(recipe.stop_after) + 1]:
-            if not run.finished(stage) or stage == "report":
-                with run.timed(stage):
-                    RUN_STAGE[stage](run)
+            if not parallel.first_says(run.finished(stage)) or stage == "report":
+                _do(stage, run)
         return run
+
+
+def _do(stage: str, run: Run) -> None:
+    """One stage, and its time. Ranks train together; everything else the first does alone."""
+    if stage == "distill":
+        with run.timed(stage) if parallel.world().first else contextlib.nullcontext():
+            _distill(run)
+        return
+
+    def alone() -> None:
+        with run.timed(stage):
+            RUN_STAGE[stage](run)
+
+    parallel.first_alone(alone)
 
 
 def _check_goal(run: Run) -> None:
@@ -195,18 +211,20 @@ def _distill(run: Run) -> None:
 
 def _teacher_cache(run: Run, kind: str) -> Cache:
     """What the teacher says of the training text, written once and read by every training of this run."""
-    options = run.recipe.distill
-    with console.bar("teacher cache", unit="tokens") as step:
-        return write_cache(
-            run.teacher,
-            run.train,
-            to=run.root / TEACHER_CACHE,
-            kind=kind,
-            per_token=options.cache_per_token,
-            temperature=options.temperature,
-            seed=options.seed,
-            progress=step,
-        )
+    options, folder = run.recipe.distill, run.root / TEACHER_CACHE
+    wanted: dict[str, Any] = {
+        "kind": kind,
+        "per_token": options.cache_per_token,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+
+    def write() -> None:
+        with console.bar("teacher cache", unit="tokens") as step:
+            write_cache(run.teacher, run.train, to=folder, progress=step, **wanted)
+
+    parallel.first_alone(write)
+    return open_cache(folder)
 
 
 def _show_step(step: Callable[..., None], track: Track, at: Progress) -> None:
@@ -236,7 +254,6 @@ RUN_STAGE: dict[str, Callable[[Run], None]] = {
     "score": _score,
     "search": _search,
     "prune": _prune,
-    "distill": _distill,
     "evaluate": _evaluate,
     "report": _report,
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from prunus import cost, hardware
+from prunus import cost, hardware, memory
 from prunus.architecture import Architecture, parse
 from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint, load
@@ -25,8 +25,27 @@ EFFICIENCY = 0.45
 """Share of the GEMM rate that whole steps reach (norms, attention and softmax are not GEMMs); measured, see LOG.md."""
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `compress` would do.
+@dataclass(frozen=True)
+class Machine:
+    """What the plan is for.
+
+    Attributes:
+        gpus: ranks over which the training is sharded.
+        flops: GEMM rate of one of them, per second.
+        memory: bytes that each has free.
+    """
+
+    gpus: int
+    flops: float
+    memory: int
+
+
+def this_machine() -> Machine:
+    return Machine(1, hardware.matmul_flops_per_second(hardware.compute_dtype()), memory.available())
+
+
+def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
+    """What `compress` would do, on this machine or on another.
 
     Without scores the architecture is not known yet: shown is the legal one near the budget whose shape is nearest to
     the teacher's; the search ranks all of them by measured damage.
@@ -47,33 +66,55 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         num_blocks=recipe.distill.tokens // recipe.data.block_size,
         block_size=recipe.data.block_size,
     )
+    machine = machine or this_machine()
+    parts = _memory(teacher, target, recipe, schedule.batch_blocks, machine)
+    micro_blocks = parts.pop("micro_blocks")
     return {
         "teacher": _facts(teacher, teacher.architecture),
         "student": _facts(teacher, target),
         "budget": target_cost,
         "legal_architectures": count,
-        "training": asdict(schedule) | {"tokens": schedule.tokens},
-        "peak_memory_bytes": peak_memory(teacher, target, recipe),
-        "seconds": seconds(teacher, target, recipe, schedule.tokens),
+        "training": asdict(schedule) | {"tokens": schedule.tokens, "micro_blocks": micro_blocks},
+        "peak_memory_bytes": sum(parts.values()),
+        "peak_memory_parts": parts,
+        "gpus": machine.gpus,
+        "seconds": seconds(teacher, target, recipe, schedule.tokens, machine),
         "writes": [f"{recipe.to}/{name}" for names in OUTPUTS.values() for name in names],
         "disk_bytes": 4 * teacher.dtype.itemsize * _parameters(teacher, target),
     }
 
 
-def peak_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe) -> int:
-    """Bytes while distilling: both models, float32 masters, gradients and Adam's moments, activations, head chunks."""
-    itemsize = hardware.compute_dtype().itemsize
-    student = _parameters(teacher, target)
-    tokens = recipe.distill.micro_blocks * recipe.data.block_size
-    # Kept for the backward pass per token and layer: about 10 vectors of hidden size, 4 of the FFN, 6 of the heads'.
-    per_token = target.layers * (10 * target.hidden + 4 * target.ffn + 6 * target.heads * target.head_dim)
-    head = min(tokens, 1024) * target.vocab * 3 * itemsize
-    return itemsize * (teacher.parameters + 2 * student + tokens * per_token) + 16 * student + head
+def _memory(
+    teacher: Checkpoint, target: Architecture, recipe: Recipe, batch_blocks: int, machine: Machine
+) -> dict[str, int]:
+    """Blocks of a micro-batch, and the peak of each part on one GPU (or CPU) while distilling, in bytes.
+
+    Raises:
+        DoesNotFit: says what would.
+    """
+    options, block_size = recipe.distill, recipe.data.block_size
+    need = memory.Training(
+        family=teacher.family,
+        student=target,
+        parameters=_parameters(teacher, target),
+        teacher_parameters=teacher.parameters,
+        tokens=block_size,
+        itemsize=hardware.compute_dtype().itemsize,
+        live_teacher=options.teacher_cache is None,
+        gradient_checkpointing=options.gradient_checkpointing,
+        ranks=machine.gpus,
+    )
+    blocks = options.micro_blocks or memory.fitting_micro_batch(
+        need, block_size=block_size, batch_blocks=batch_blocks, free=machine.memory
+    )
+    return {"micro_blocks": blocks, **memory.peak(replace(need, tokens=blocks * block_size))}
 
 
-def seconds(teacher: Checkpoint, target: Architecture, recipe: Recipe, training_tokens: int) -> dict[str, float]:
-    """Seconds of the long stages, from a GEMM timed now."""
-    rate = EFFICIENCY * hardware.matmul_flops_per_second(hardware.compute_dtype())
+def seconds(
+    teacher: Checkpoint, target: Architecture, recipe: Recipe, training_tokens: int, machine: Machine
+) -> dict[str, float]:
+    """Seconds of the long stages, from the rate of a GEMM. Only the training is spread over several GPUs."""
+    rate = EFFICIENCY * machine.flops
     context = recipe.data.block_size // 2
     ahead = cost.flops_per_token(teacher.family, teacher.layout, teacher.architecture, context=context)
     student = cost.flops_per_token(teacher.family, teacher.layout, target, context=context)
@@ -83,7 +124,7 @@ def seconds(teacher: Checkpoint, target: Architecture, recipe: Recipe, training_
         "measure": recipe.measure.tokens * ahead / rate,
         "search": search / rate,
         "prune": 2 * recipe.measure.tokens * (ahead + student) / rate,
-        "distill": training_tokens * (ahead + 3 * student) * (2 if recipe.baseline else 1) / rate,
+        "distill": training_tokens * (ahead + 3 * student) * (2 if recipe.baseline else 1) / (rate * machine.gpus),
         "evaluate": recipe.data.heldout_tokens * (ahead + 3 * student) / rate,
     }
 
@@ -107,9 +148,12 @@ def show(result: dict[str, Any]) -> None:
         f"Distillation: {training['steps']:,} steps of {training['batch_blocks']} × {training['block_size']} tokens "
         f"({training['tokens']:,} in all), learning rate {training['learning_rate']:.2g}"
     )
-    console.print(f"Peak memory: about {result['peak_memory_bytes'] / 1e9:.1f} GB")
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in result["peak_memory_parts"].items())
+    each = " on each" if result["gpus"] > 1 else ""
+    console.print(f"Peak memory of the training{each}: about {result['peak_memory_bytes'] / 1e9:.1f} GB ({parts})")
     stages = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items())
-    console.print(f"Time on this machine, now: about {duration(sum(result['seconds'].values()))} ({stages})")
+    where = "on this machine, now" if result["gpus"] == 1 else f"on {result['gpus']} GPUs"
+    console.print(f"Time {where}: about {duration(sum(result['seconds'].values()))} ({stages})")
     console.print(f"Would write {result['disk_bytes'] / 1e6:,.0f} MB: {', '.join(result['writes'])}")
 
 

@@ -121,7 +121,7 @@ class Distill(Section):
 
     tokens: Count | None = Field(None, description="training tokens; default: the text once")
     batch_tokens: Count | None = Field(None, description="tokens of a step; default: at least 128 steps")
-    micro_blocks: Count = 2
+    micro_blocks: Count | None = Field(None, description="blocks that go through the model at once; default: what fits")
     learning_rate: float | None = Field(None, gt=0, description="peak; default: 3e-4 · √(576 / hidden)")
     schedule: _name(SCHEDULES) = "cosine"  # type: ignore[valid-type]
     final_share: float = Field(0.1, ge=0, le=1)

@@ -16,7 +16,7 @@ class Settings:
     Attributes:
         tokens: training tokens; more than the text holds means more epochs. None: the text once.
         batch_tokens: tokens of an optimizer step. None: at least 128 steps, at most 512 blocks a step.
-        micro_blocks: blocks that go through the model at once; the result does not depend on it.
+        micro_blocks: blocks that go through the model at once; results differ by rounding only. None: what fits.
         learning_rate: peak. None: 3e-4 · √(576 / hidden), which is 1.1e-4 at 4096 (Minitron, arXiv:2408.11796: 1e-4).
         schedule: key of `SCHEDULES`.
         final_share: learning rate at the end, as a share of the peak.
@@ -38,7 +38,7 @@ class Settings:
 
     tokens: int | None = None
     batch_tokens: int | None = None
-    micro_blocks: int = 2
+    micro_blocks: int | None = None
     learning_rate: float | None = None
     schedule: str = "cosine"
     final_share: float = 0.1

@@ -1,0 +1,164 @@
+"""Peak memory of a distillation, predicted from sizes alone, and what to do where it does not fit.
+
+All numbers are bytes. N_t and N_s are the parameters of teacher and student, b the bytes of a value in the short type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from prunus import fused, hardware
+from prunus.architecture import Architecture
+from prunus.checkpoint import Checkpoint
+from prunus.errors import DoesNotFit
+from prunus.families import Family
+
+LARGEST_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
+"""Tokens beyond which a larger micro-batch is not faster."""
+ROOM = 0.9
+"""Share of the free memory that a plan may fill."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the peak depends on.
+
+    Attributes:
+        family, student: of the model that is trained.
+        parameters, teacher_parameters: of the whole models.
+        tokens: of a micro-batch.
+        itemsize: bytes of a value in the type that is computed in.
+        live_teacher: it is in memory, rather than in a cache.
+        gradient_checkpointing: only the layers' inputs are kept for the backward pass.
+        ranks: over which everything is sharded.
+    """
+
+    family: Family
+    student: Architecture
+    parameters: int
+    teacher_parameters: int
+    tokens: int
+    itemsize: int
+    live_teacher: bool = True
+    gradient_checkpointing: bool = False
+    ranks: int = 1
+
+
+def peak(training: Training) -> dict[str, int]:
+    """Bytes of each part at the moment when most is in use; their sum is the peak beyond what the process holds now.
+
+    That is either the end of the forward pass, with all activations and the chunk of logits, or the end of the backward
+    pass, with all gradients in the short type.
+    """
+    here, ranks = training, training.ranks
+    copies = here.itemsize * here.parameters // ranks if ranks == 1 else _gathered(here)
+    forward = {"activations": activations(here), "head": head(here)}
+    backward = {"gradients in the short type": here.itemsize * here.parameters if ranks == 1 else _gathered(here)}
+    return {
+        "teacher": here.live_teacher * here.itemsize * here.teacher_parameters // ranks,
+        "student": copies,
+        "masters, gradients, Adam": 16 * here.parameters // ranks,
+        **max(forward, backward, key=lambda parts: sum(parts.values())),
+    }
+
+
+def activations(training: Training) -> int:
+    """What a layer keeps for its backward pass, in every layer; or with checkpointing in one, and all inputs."""
+    sizes, b = training.student, training.itemsize
+    norms = sum(2 if branch.post_norm else 1 for branch in training.family.branches)
+    # A norm keeps its input in float32, and before and after its weight in the short type.
+    norm = (4 + 2 * b) * sizes.hidden
+    # Attention keeps q, k, v and its output; the gated FFN gate, act(gate), up and their product.
+    attention = 2 * b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    ffn = 4 * b * sizes.ffn
+    layer = norms * norm + attention + ffn
+    kept = layer + sizes.layers * b * sizes.hidden if training.gradient_checkpointing else sizes.layers * layer
+    return training.tokens * kept
+
+
+def head(training: Training) -> int:
+    """Buffers of the fused loss: gradients to the logits of a chunk, logits of a row block, and the head's gradient."""
+    sizes, b = training.student, training.itemsize
+    chunk, rows = min(training.tokens, fused.CHUNK_TOKENS), min(training.tokens, fused.ROW_TOKENS)
+    logits = 2 * rows * (2 * b if b < 4 else 4)
+    return sizes.vocab * (chunk * b + logits + sizes.hidden * (b if training.tokens <= chunk else 4))
+
+
+def _gathered(training: Training) -> int:
+    """Of a sharded model: two layers (one ahead) and the embedding with the head."""
+    sizes = training.student
+    outside = sizes.vocab * sizes.hidden
+    layer = (training.parameters - outside) // sizes.layers
+    return training.itemsize * (outside + 2 * layer)
+
+
+def training(
+    teacher: Checkpoint | None,
+    student: Checkpoint,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool = False,
+    ranks: int = 1,
+) -> Training:
+    """Of two opened checkpoints; without a teacher one that is cached."""
+    return Training(
+        family=student.family,
+        student=student.architecture,
+        parameters=student.parameters,
+        teacher_parameters=teacher.parameters if teacher else 0,
+        tokens=tokens,
+        itemsize=dtype.itemsize,
+        live_teacher=teacher is not None,
+        gradient_checkpointing=gradient_checkpointing,
+        ranks=ranks,
+    )
+
+
+def available() -> int:
+    """Free bytes of the device that trains."""
+    if hardware.device().type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free
+    return int(psutil.virtual_memory().available)
+
+
+def fitting_micro_batch(need: Training, *, block_size: int, batch_blocks: int, free: int | None = None) -> int:
+    """The largest power of two of blocks whose peak fits, at most what is worth it and what a rank's step holds.
+
+    Raises:
+        DoesNotFit: not even one block does; says what would.
+    """
+    free = int(ROOM * (available() if free is None else free))
+    most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[hardware.device().type] // block_size))
+    sizes = [2**power for power in reversed(range(most.bit_length()))]
+    fits = (size for size in sizes if total(dataclasses.replace(need, tokens=size * block_size)) <= free)
+    found = next(fits, None)
+    if found is None:
+        raise DoesNotFit(_advice(dataclasses.replace(need, tokens=block_size), free))
+    return found
+
+
+def total(need: Training) -> int:
+    return sum(peak(need).values())
+
+
+def _advice(need: Training, free: int) -> str:
+    """What is missing, and the changes that alone would be enough."""
+    changes: dict[str, dict[str, Any]] = {
+        "distill.gradient_checkpointing=true": {"gradient_checkpointing": True},
+        "distill.teacher_cache=samples": {"live_teacher": False},
+        "both of these": {"gradient_checkpointing": True, "live_teacher": False},
+    }
+    changes |= {f"torchrun with {ranks} GPUs": {"ranks": ranks} for ranks in (2, 4, 8, 16) if ranks > need.ranks}
+    options = {name: total(dataclasses.replace(need, **change)) for name, change in changes.items()}
+    enough = [f"{name} ({size / 1e9:.1f} GB)" for name, size in options.items() if size <= free]
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in peak(need).items())
+    return f"training needs {total(need) / 1e9:.1f} GB ({parts}), but {free / 1e9:.1f} GB are free. " + (
+        f"This would fit: {'; '.join(enough[:4])}." if enough else "Use shorter blocks or a smaller student."
+    )
