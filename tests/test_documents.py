@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
-from prunus.documents import documents, is_held_out, shuffled
+from prunus.documents import chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadData
 
 PROSE = ["the cat sat on the mat", "a dog ran after the cat", "the mat lay on the floor, where the dog slept"]
@@ -84,10 +87,67 @@ def test_missing_texts_are_left_out(tmp_path: Path) -> None:
     assert list(documents(str(tmp_path / "a.jsonl"))) == ["one"]
 
 
+def plain(messages: list[dict[str, str]]) -> str:
+    return " | ".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("column", "turns"),
+    [
+        ("messages", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]),
+        ("conversations", [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]),
+    ],
+)
+def test_conversations_become_text(tmp_path: Path, column: str, turns: list[dict[str, str]]) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"id": "7", column: turns}) + "\n")
+    assert list(documents(str(tmp_path / "chat.jsonl"), render=plain)) == ["user: hi | assistant: hello"]
+    assert list(documents(str(tmp_path / "chat.jsonl"), text_field=column, render=plain)) == [
+        "user: hi | assistant: hello"
+    ]
+
+
+def test_text_comes_before_conversations(tmp_path: Path) -> None:
+    row = {"text": "plain", "messages": [{"role": "user", "content": "hi"}]}
+    (tmp_path / "both.jsonl").write_text(json.dumps(row) + "\n")
+    assert list(documents(str(tmp_path / "both.jsonl"), render=plain)) == ["plain"]
+
+
+def test_turns_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"speaker": "me"}]}) + "\n")
+    with pytest.raises(BadData, match="not role and content"):
+        list(documents(str(tmp_path / "chat.jsonl"), render=plain))
+
+
+def test_the_chat_template_of_the_tokenizer(whole_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(whole_model)
+    assert chat_template(tokenizer) is None
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    tokenizer.bos_token = "<s>"
+    messages = [{"role": "user", "content": "a cat"}]
+    assert chat_template(tokenizer)(messages) == "<s><user>a cat"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert chat_template(tokenizer)(messages) == "<user>a cat"  # the tokenizer adds the mark itself
+    with pytest.raises(BadData, match="refuses a conversation"):
+        chat_template(tokenizer)([{"role": "tool", "content": "x"}])
+
+
+def test_a_mixture_keeps_to_its_weights() -> None:
+    sources = [(["a" * 10] * 100, 3.0), (["b" * 5] * 200, 1.0)]
+    taken = list(itertools.islice(mixed(sources), 100))
+    shares = {letter: sum(len(document) for document in taken if letter in document) for letter in "ab"}
+    assert shares["a"] / shares["b"] == pytest.approx(3.0, rel=0.05)
+    everything = list(mixed(sources))
+    assert len(everything) == 300
+    assert list(mixed([([], 1.0), (["x"], 1.0)])) == ["x"]
+
+
 def test_chat_data_is_not_taken_for_text(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "hello"}], "source": "smoltalk"}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(BadData, match="chat data, which is not read"):
+    with pytest.raises(BadData, match="chat data, but the tokenizer has no chat template"):
         list(documents(str(tmp_path / "chat.jsonl")))
 
 

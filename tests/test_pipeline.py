@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, WORDS, small_flags
+from conftest import SMALL, WORDS, make_text, small_flags
 from transformers import AutoModelForCausalLM
 
 from prunus import recipe
@@ -83,6 +83,22 @@ def test_training_begins_with_text_that_the_repair_has_not_seen(run):
     blocks = [index for step in range(steps) for index in batch_indices(step, 4, len(run.train), settings.seed)]
     assert len(blocks) == settings.tokens // run.recipe.data.block_size
     assert not any(tuple(row) in calibration for row in run.train.tokens[blocks].tolist())
+
+
+def test_a_mixture_of_sources(whole_model, corpus, tmp_path):
+    other = make_text(tmp_path / "other.jsonl", 150, seed=5)
+    sources = [{"source": str(corpus), "weight": 3}, {"source": str(other)}]
+    data = SMALL["data"] | {"train": sources}
+    run = compress(make_recipe(whole_model, corpus, tmp_path / "run", data=data, stop_after="text"))
+    assert run.train.source == f"{corpus} + {other}"
+    assert len(run.train) > len(run.test) > 0
+
+
+def test_training_from_a_cache(whole_model, corpus, tmp_path):
+    options = SMALL["distill"] | {"teacher_cache": "samples", "hidden_loss": None}
+    run = compress(make_recipe(whole_model, corpus, tmp_path / "run", distill=options, baseline=True))
+    assert (run.root / "4-teacher-cache" / "manifest.json").is_file()
+    assert run.finished("report")
 
 
 def test_a_baseline_can_be_added_later_and_stays(whole_model, corpus, tmp_path):

@@ -21,24 +21,35 @@ from typing import Any, TextIO
 import datasets
 import zstandard
 from huggingface_hub.utils import logging as hub_logging
+from transformers import PreTrainedTokenizerBase
 
 from prunus.errors import BadData
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".rst": "text"}
 OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".zst": zstandard.open}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.+)?")
-CHAT_COLUMNS = {"messages", "conversations"}
+CHAT_COLUMNS = ("messages", "conversations")
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""Names of the roles in data written for ShareGPT."""
 ROWS_LOOKED_AT = 100  # to tell which columns hold text
 
 
-def documents(source: str, *, text_field: str | None = None) -> Iterator[str]:
+Message = dict[str, str]
+"""One turn: its role and content."""
+Render = Callable[[list[Message]], str]
+"""A conversation as the text that a model sees (see `chat_template`)."""
+
+
+def documents(source: str, *, text_field: str | None = None, render: Render | None = None) -> Iterator[str]:
     """Every document of a source, one at a time. Blank documents are left out.
 
     Args:
         source: a .jsonl, .json, .parquet, .txt, .md or .rst file (.gz and .zst too), a folder of such files (searched
             recursively, read in sorted order, hidden files left out), or a hub data set `owner/name` or
             `owner/name:config`, of which the split `train` is streamed. A plain text file is one document.
-        text_field: the column that holds the text. Default: `text`, or else the only column of strings.
+        text_field: the column that holds the text. Default: `text`, or else a conversation in `messages` (role,
+            content) or `conversations` (from, value), or else the only column of strings.
+        render: makes text of a conversation; without it chat data is refused.
     Raises:
         BadData: nothing there, nothing readable, not UTF-8, a broken line, or no column of text. Where the contents are
             at fault, it is raised while reading.
@@ -46,9 +57,9 @@ def documents(source: str, *, text_field: str | None = None) -> Iterator[str]:
     path = Path(source).expanduser()
     texts: Iterable[str]
     if path.exists():
-        texts = itertools.chain.from_iterable(_read(file, text_field) for file in _files(path))
+        texts = itertools.chain.from_iterable(_read(file, text_field, render) for file in _files(path))
     elif HUB_ID.fullmatch(source) and _reader(path) is None:
-        texts = _read_hub(source, text_field)
+        texts = _read_hub(source, text_field, render)
     else:
         raise BadData(f"{source}: no such file or folder. Check the path, or give a hub data set as owner/name.")
     return _not_blank(texts, source)
@@ -111,10 +122,10 @@ def _not_blank(texts: Iterable[str], source: str) -> Iterator[str]:
         raise BadData(f"{source}: it is empty, no document has any text. Give a source with text.")
 
 
-def _read(file: Path, text_field: str | None) -> Iterator[str]:
+def _read(file: Path, text_field: str | None, render: Render | None) -> Iterator[str]:
     if _reader(file) == "text":
         return _read_text(file)
-    return _read_table(file, text_field)
+    return _read_table(file, text_field, render)
 
 
 def _open(file: Path) -> TextIO:
@@ -135,12 +146,12 @@ def _read_text(file: Path) -> Iterator[str]:
     yield text
 
 
-def _read_table(file: Path, text_field: str | None) -> Iterator[str]:
+def _read_table(file: Path, text_field: str | None, render: Render | None) -> Iterator[str]:
     try:
         with _quiet():
             pattern = glob.escape(str(file))
             rows = datasets.load_dataset(_reader(file), data_files=[pattern], split="train", streaming=True)
-            yield from _texts(rows, text_field, str(file))
+            yield from _texts(rows, text_field, render, str(file))
     except BadData:
         raise
     except StopIteration:  # what `datasets` makes of an empty file
@@ -153,12 +164,12 @@ def _read_table(file: Path, text_field: str | None) -> Iterator[str]:
         raise _broken_json(file, error) from error
 
 
-def _read_hub(source: str, text_field: str | None) -> Iterator[str]:
+def _read_hub(source: str, text_field: str | None, render: Render | None) -> Iterator[str]:
     name, _, config = source.partition(":")
     try:
         with _quiet():
             rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
-            yield from _texts(rows, text_field, source)
+            yield from _texts(rows, text_field, render, source)
     except BadData:
         raise
     except Exception as error:  # the hub client raises a different type for each of: offline, missing, gated, time-out
@@ -168,32 +179,92 @@ def _read_hub(source: str, text_field: str | None) -> Iterator[str]:
         ) from error
 
 
-def _texts(rows: Iterable[Mapping[str, Any]], text_field: str | None, source: str) -> Iterator[str]:
+def _texts(
+    rows: Iterable[Mapping[str, Any]], text_field: str | None, render: Render | None, source: str
+) -> Iterator[str]:
     stream = iter(rows)
     first = list(itertools.islice(stream, ROWS_LOOKED_AT))
     if not first:
         return
-    column = _text_column(first, text_field, source)
+    column = _text_column(first, text_field, render, source)
     for row in itertools.chain(first, stream):
-        text = row.get(column)
-        if text is not None and not isinstance(text, str):
-            raise BadData(f"{source}: column {column!r} holds a {type(text).__name__} where text belongs: {text!r:.60}")
-        yield text or ""
+        value = row.get(column)
+        if render is not None and column in CHAT_COLUMNS and isinstance(value, list):
+            value = render(_messages(value, source))
+        if value is not None and not isinstance(value, str):
+            raise BadData(
+                f"{source}: column {column!r} holds a {type(value).__name__} where text belongs: {value!r:.60}"
+            )
+        yield value or ""
 
 
-def _text_column(rows: Sequence[Mapping[str, Any]], text_field: str | None, source: str) -> str:
+def _text_column(rows: Sequence[Mapping[str, Any]], text_field: str | None, render: Render | None, source: str) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     strings = [column for column in columns if any(isinstance(row.get(column), str) for row in rows)]
+    chats = [column for column in CHAT_COLUMNS if column in columns and column not in strings]
     wanted = text_field or "text"
-    if wanted in strings:
+    if wanted in strings or (render is not None and wanted in chats):
         return wanted
-    if not text_field and len(strings) == 1 and not CHAT_COLUMNS.union(["text"]).intersection(columns):
+    if not text_field and render is not None and chats:
+        return chats[0]
+    if not text_field and len(strings) == 1 and not chats and "text" not in columns:
         return strings[0]
     listed = ", ".join(f"{column} (text)" if column in strings else column for column in columns)
-    why = "it is chat data, which is not read; " if CHAT_COLUMNS.intersection(columns) else ""
+    why = "it is chat data, but the tokenizer has no chat template to make text of it; " if chats else ""
     raise BadData(
         f"{source}: {why}no column {wanted!r} that holds text. Columns: {listed}. Name the one to read (text_field)."
     )
+
+
+def _messages(turns: list[Any], source: str) -> list[Message]:
+    """Turns of either kind, as role and content."""
+    try:
+        pairs = [(turn.get("role") or turn["from"], turn.get("content") or turn["value"]) for turn in turns]
+    except (AttributeError, KeyError) as error:
+        raise BadData(
+            f"{source}: a conversation whose turns are not role and content, or from and value: {turns!r:.80}"
+        ) from error
+    return [{"role": SPEAKERS.get(role, role), "content": content} for role, content in pairs]
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> Render | None:
+    """The tokenizer's own way to write a conversation; None if it has none.
+
+    A beginning-of-text mark is left out where the tokenizer puts one before every text by itself.
+    """
+    if not tokenizer.chat_template:
+        return None
+    start = tokenizer.bos_token
+    doubled = start is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+    def render(messages: list[Message]) -> str:
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates raise jinja2's errors, of their own choosing
+            raise BadData(
+                f"the chat template refuses a conversation ({_first_line(error)}): {messages!r:.80}"
+            ) from error
+        return text.removeprefix(start) if doubled and start else text
+
+    return render
+
+
+def mixed(sources: Sequence[tuple[Iterable[str], float]]) -> Iterator[str]:
+    """Documents of several sources whose characters keep to the given weights at any point. Where one source ends, the
+    others go on among themselves.
+
+    The next document comes from the source that has given least for its weight.
+    """
+    streams = [iter(docs) for docs, _ in sources]
+    given = dict.fromkeys(range(len(sources)), 0.0)
+    while given:
+        number = min(given, key=given.__getitem__)
+        document = next(streams[number], None)
+        if document is None:
+            del given[number]
+            continue
+        given[number] += len(document) / sources[number][1]
+        yield document
 
 
 def _broken_json(file: Path, error: Exception) -> BadData:

@@ -21,6 +21,8 @@ from prunus.layerwise import TokenBlocks
 from prunus.scores import load_tensors, save_tensors
 
 BATCH_BLOCKS = 4
+GRAM_TOKENS = 8192
+"""Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 
@@ -150,6 +152,7 @@ class _LayerPass:
         self.energies: dict[str, Tensor] = {}
         self.cosine: Tensor = torch.zeros(())
         self.num_tokens = 0
+        self.pending: list[Tensor] = []
         self.gram: Tensor | None = None
         self.inverse_gram: Tensor = torch.zeros(())
 
@@ -184,14 +187,22 @@ class _LayerPass:
     def _see_ffn(self, inner_BSF: Tensor, _: Tensor) -> None:
         self.reducers["activation"].add(inner_BSF)
         if self.grams:
-            gram = layerwise.gram(inner_BSF.flatten(0, 1))
-            self.gram = gram if self.gram is None else self.gram.add_(gram)
+            self.pending.append(inner_BSF.flatten(0, 1))
+            if sum(map(len, self.pending)) >= GRAM_TOKENS:
+                self._add_pending()
+
+    def _add_pending(self) -> None:
+        gram = layerwise.gram(torch.cat(self.pending))
+        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self.pending.clear()
 
     def add_cosine(self, before_BSH: Tensor, after_BSH: Tensor) -> None:
         self.cosine = self.cosine + F.cosine_similarity(before_BSH, after_BSH, dim=-1).sum(dtype=torch.float32)
         self.num_tokens += before_BSH.shape[0] * before_BSH.shape[1]
 
     def finish(self) -> None:
+        if self.pending:
+            self._add_pending()
         if self.gram is not None:
             self.inverse_gram = inverse_diagonal(self.gram / self.num_tokens)
             self.gram = None
@@ -207,8 +218,10 @@ def inverse_diagonal(gram_FF: Tensor, *, damping: float = 0.01) -> Tensor:
     """diag (G + λI)⁻¹ with λ = damping · mean diag G; float32 [F]. Its inverse is the energy of a neuron that the
     others cannot linearly predict."""
     ridge = damping * gram_FF.diagonal().mean()
-    factor = torch.linalg.cholesky(gram_FF + ridge * torch.eye(len(gram_FF), device=gram_FF.device))
-    return torch.cholesky_inverse(factor).diagonal().clone()
+    identity_FF = torch.eye(len(gram_FF), device=gram_FF.device)
+    factor_FF = torch.linalg.cholesky(gram_FF + ridge * identity_FF)
+    # (LLᵀ)⁻¹ = L⁻ᵀL⁻¹, whose diagonal is the squared norms of the columns of L⁻¹; LAPACK's whole inverse is slower.
+    return torch.linalg.solve_triangular(factor_FF, identity_FF, upper=False).square().sum(0)
 
 
 def _weight_norms(teacher: Checkpoint, model: PreTrainedModel) -> dict[str, Tensor]:

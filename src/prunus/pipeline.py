@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -12,19 +13,19 @@ from typing import Any
 from prunus import architecture, console, cost, hardware, hidden, importance, parallel, results, text
 from prunus.budget import parse_budget
 from prunus.distill import Progress, distill
-from prunus.documents import HUB_ID, documents, is_held_out, shuffled
+from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadRecipe
 from prunus.files import atomic_file
 from prunus.measure import measure, save_statistics, with_leave_one_out
 from prunus.prune import prune
-from prunus.recipe import STAGES, Data, Recipe
+from prunus.recipe import STAGES, Data, Recipe, Source
 from prunus.report import model_card, write_report
 from prunus.run import BASELINE, TEACHER_CACHE, Run, claim, open_run, write_json
 from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Search, legal_architectures, search
 from prunus.selection import check_legal
-from prunus.teacher import Cache, open_cache, write_cache
+from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.trackers import Track, tracked
 
 FEW_DOCUMENTS = 100
@@ -79,35 +80,43 @@ def _text(run: Run) -> None:
     """Tokenise the training and the held-out text into packed blocks."""
     data, tokenizer = run.recipe.data, run.teacher.tokenizer()
     limit = run.recipe.distill.tokens and run.recipe.distill.tokens + run.recipe.measure.tokens
-    if limit is None and not Path(data.train).exists() and HUB_ID.fullmatch(data.train):
-        raise BadRecipe(f"data.train: {data.train!r} is on the hub; say how much of it to read (--tokens 10M)")
-    heldout = partial(_side, data, held_out=True) if data.heldout is None else partial(_all, data.heldout, data)
-    train = partial(_side, data, held_out=False) if data.heldout is None else partial(_all, data.train, data)
-    for name, source, read, most in (
-        ("train", data.train, train, limit),
-        ("heldout", data.heldout or data.train, heldout, data.heldout_tokens),
-    ):
+    for part in data.sources:
+        if limit is None and not Path(part.source).exists() and HUB_ID.fullmatch(part.source):
+            raise BadRecipe(f"data.train: {part.source!r} is on the hub; say how much of it to read (--tokens 10M)")
+    render = chat_template(tokenizer)
+    if data.heldout is None:
+        sides = {
+            name: mixed([(_side(part, data, render, held_out=held_out), part.weight) for part in data.sources])
+            for name, held_out in (("train", False), ("heldout", True))
+        }
+    else:
+        sides = {
+            "train": mixed([(_all(part, render), part.weight) for part in data.sources]),
+            "heldout": documents(data.heldout, text_field=data.text_field, render=render),
+        }
+    labels = {"train": data.label, "heldout": data.heldout or data.label}
+    for name, most in {"train": limit, "heldout": data.heldout_tokens}.items():
         to = run.root / "0-text" / name
         if not to.exists():
             with console.bar(f"{name} text", unit="tokens") as step:
                 text.tokenise(
-                    shuffled(read(), seed=0),
+                    shuffled(sides[name], seed=0),
                     tokenizer,
                     block_size=data.block_size,
                     max_tokens=most,
                     to=to,
-                    label=source,
+                    label=labels[name],
                     progress=partial(step, total=most),
                 )
 
 
-def _all(source: str, data: Data) -> Iterator[str]:
-    return documents(source, text_field=data.text_field)
+def _all(part: Source, render: Render | None) -> Iterator[str]:
+    return documents(part.source, text_field=part.text_field, render=render)
 
 
-def _side(data: Data, *, held_out: bool) -> Iterator[str]:
-    """The documents of one side of the split of the training source."""
-    docs, share = _all(data.train, data), data.heldout_share
+def _side(part: Source, data: Data, render: Render | None, *, held_out: bool) -> Iterator[str]:
+    """The documents of one side of the split of a training source."""
+    docs, share = _all(part, render), data.heldout_share
     first = list(islice(docs, FEW_DOCUMENTS))
     if len(first) < FEW_DOCUMENTS:
         for document in first:
@@ -220,6 +229,8 @@ def _teacher_cache(run: Run, kind: str) -> Cache:
     }
 
     def write() -> None:
+        if folder.is_dir() and differences(folder, describe(run.teacher, run.train, **wanted)):
+            shutil.rmtree(folder)  # of an earlier recipe of this run
         with console.bar("teacher cache", unit="tokens") as step:
             write_cache(run.teacher, run.train, to=folder, progress=step, **wanted)
 

@@ -51,15 +51,36 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Source(Section):
+    """One part of a mixture."""
+
+    source: str = Field(description="file, folder or hub id")
+    weight: float = Field(1.0, gt=0, description="share of the text, relative to the other sources")
+    text_field: str | None = Field(None, description="column that holds the text")
+
+
 class Data(Section):
     """Text. Held-out text decides between candidates and judges the result; it is never trained on."""
 
-    train: str = Field(description="file, folder (JSONL, Parquet, text) or hub id of the training text")
+    train: str | list[Source] = Field(
+        description="training text: a file, folder (JSONL, Parquet, text) or hub id, or a list of them with weights"
+    )
     heldout: str | None = Field(None, description="held-out text; default: a share of the documents of `train`")
     heldout_share: float = Field(0.05, gt=0, lt=1, description="share held out where `heldout` is not given")
     heldout_tokens: Count = Field(65536, description="held-out tokens; a third is for the search, the rest judges")
     text_field: str | None = Field(None, description="column that holds the text; default: `text`")
     block_size: Count = Field(512, description="tokens of a packed block: the context in training and evaluation")
+
+    @property
+    def sources(self) -> list[Source]:
+        """The training text as a mixture, of one or several."""
+        one = isinstance(self.train, str)
+        return [Source(source=str(self.train), text_field=self.text_field)] if one else list(self.train)  # type: ignore[arg-type]
+
+    @property
+    def label(self) -> str:
+        """Its name, for reports."""
+        return " + ".join(part.source for part in self.sources)
 
 
 class Measure(Section):

@@ -15,7 +15,7 @@ from prunus import console, hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import distill as train
-from prunus.documents import documents, shuffled
+from prunus.documents import chat_template, documents, shuffled
 from prunus.errors import BadCheckpoint, BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
 from prunus.recipe import Distill, parse_section
@@ -90,6 +90,7 @@ def _opened(name: str) -> Checkpoint:
 
 
 def _blocks(data: str, model: Checkpoint, tokens: int | None, folder: Path) -> Blocks:
-    docs = shuffled(documents(data), seed=0)
+    tokenizer = model.tokenizer()
+    docs = shuffled(documents(data, render=chat_template(tokenizer)), seed=0)
     to = folder / "text"
-    return tokenise(docs, model.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=to, label=data)
+    return tokenise(docs, tokenizer, block_size=BLOCK_SIZE, max_tokens=tokens, to=to, label=data)

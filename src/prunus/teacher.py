@@ -182,7 +182,10 @@ def write_cache(
     )
     cache = Cache(to, manifest)
     if (to / MANIFEST).is_file():
-        check_manifest(to, manifest)
+        if different := differences(to, manifest):
+            raise BadOutput(
+                f"{to} holds the cache of another {', '.join(different)}. Delete it, or write to another folder."
+            )
     else:
         with atomic_file(to / MANIFEST) as partial:
             partial.write_text(json.dumps(asdict(manifest), indent=2))
@@ -263,17 +266,13 @@ def fingerprint_of_tokenizer(teacher: Checkpoint) -> str:
     return hashlib.sha256(definition.encode()).hexdigest()
 
 
-def check_manifest(folder: Path, wanted: Manifest) -> None:
-    """Raises BadOutput where the folder holds a cache of something else."""
+def differences(folder: Path, wanted: Manifest) -> list[str]:
+    """In what the cache in this folder is another than the wanted one. Raises BadOutput if it cannot be told."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise BadOutput(f"{folder / MANIFEST}: cannot be read ({error}); delete the folder") from error
-    different = [name for name, value in asdict(wanted).items() if found.get(name) != value]
-    if different:
-        raise BadOutput(
-            f"{folder} holds the cache of another {', '.join(different)}. Delete it, or write to another folder."
-        )
+    return [name for name, value in asdict(wanted).items() if found.get(name) != value]
 
 
 def num_shards(blocks: Blocks) -> int:
