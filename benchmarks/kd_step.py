@@ -135,9 +135,8 @@ LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "Liger": liger,
 }
 METHODS: dict[str, Callable[..., Step]] = {"prunus": ours} | {
-    f"{loss}{' +malloc' if malloc else ''}": partial(plain_loop, loss=loss, malloc=malloc)
-    for loss in LOSSES
-    for malloc in (False, True)
+    name: partial(plain_loop, loss=name.split()[0], malloc="+malloc" in name)
+    for name in ("naive +malloc", "TRL", "TRL +malloc", "torchtune +malloc", "Liger +malloc")
 }
 
 
@@ -195,7 +194,11 @@ def compare(
         pipe, other = context.Pipe()
         arguments = (other, method, options.model, str(student.folder), text, dtype, torch.get_num_threads())
         context.Process(target=worker, args=arguments, daemon=True).start()
-        problem = pipe.recv()
+        other.close()  # so that a worker that is killed ends the waiting
+        try:
+            problem = pipe.recv()
+        except EOFError:
+            problem = "it was killed; too little memory?"
         if problem is None:
             pipes[method] = pipe
         else:
