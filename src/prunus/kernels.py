@@ -15,12 +15,12 @@ from torch import Tensor
 
 from prunus import losses
 
-Kernel = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
-"""(teacher's logits t, student's logits s, spare memory, mix), float32 [r, V] and divided by T → of each row the loss,
-KL(p ‖ q) and E_p[t − s], [r]. Leaves the loss's gradient to s in s, and may spend t and the spare memory."""
+Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(teacher's logits t, student's logits s, spare memory, mix), float32 [r, V] and divided by T → the loss of each row,
+[r]. Leaves the loss's gradient to s in s, and may spend t and the spare memory."""
 
 
-def _forward_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> Tensor:
     """KL = Σ_v p (t − s) − lse(t) + lse(s), G = q − p.
 
     The log-sum-exp comes without a pass of exp of its own: max z − lse = log max softmax(z).
@@ -31,59 +31,59 @@ def _forward_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> tuple[
     q_rV = torch.softmax(s_rV, dim=-1, out=s_rV)
     kl_r = mean_r + (max_s_r - q_rV.amax(-1).log()) - (max_t_r - p_rV.amax(-1).log())
     q_rV.sub_(p_rV)
-    return kl_r, kl_r, mean_r
+    return kl_r
 
 
-def _reverse_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> tuple[Tensor, Tensor, Tensor]:
+def _reverse_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> Tensor:
     """G = q (log q − log p − KL(q ‖ p))"""
-    log_p_rV, log_q_rV, kl_r, mean_r = _logs(t_rV, s_rV, p_rV)
+    log_p_rV, log_q_rV = _logs(t_rV, s_rV)
     above_rV = log_q_rV - log_p_rV
     q_rV = log_q_rV.exp_()
     loss_r = (q_rV * above_rV).sum(-1)
     torch.mul(q_rV, above_rV.sub_(loss_r[:, None]), out=s_rV)
-    return loss_r, kl_r, mean_r
+    return loss_r
 
 
-def _symmetric_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> tuple[Tensor, Tensor, Tensor]:
+def _symmetric_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> Tensor:
     """The mean of both."""
     reverse_rV = s_rV.clone()
-    loss_r, _, _ = _reverse_kl_(t_rV.clone(), reverse_rV, p_rV, mix)
-    _, kl_r, mean_r = _forward_kl_(t_rV, s_rV, p_rV, mix)
+    reverse_r = _reverse_kl_(t_rV, reverse_rV, p_rV, mix)
+    forward_r = _forward_kl_(t_rV, s_rV, p_rV, mix)
     s_rV.add_(reverse_rV).mul_(0.5)
-    return 0.5 * (loss_r + kl_r), kl_r, mean_r
+    return 0.5 * (forward_r + reverse_r)
 
 
-def _jsd_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> tuple[Tensor, Tensor, Tensor]:
+def _jsd_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> Tensor:
     """G = (1 − β) q (log q − log m − KL(q ‖ m))"""
-    log_p_rV, log_q_rV, kl_r, mean_r = _logs(t_rV, s_rV, p_rV)
+    log_p_rV, log_q_rV = _logs(t_rV, s_rV)
     log_m_rV = losses.mixture(log_p_rV, log_q_rV, mix)
     teacher_r = (log_p_rV.exp() * (log_p_rV - log_m_rV)).sum(-1)
     above_rV = log_q_rV - log_m_rV
     q_rV = log_q_rV.exp_()
     student_r = (q_rV * above_rV).sum(-1)
     torch.mul(q_rV, above_rV.sub_(student_r[:, None]), out=s_rV).mul_(1 - mix)
-    return mix * teacher_r + (1 - mix) * student_r, kl_r, mean_r
+    return mix * teacher_r + (1 - mix) * student_r
 
 
-def _skewed_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> tuple[Tensor, Tensor, Tensor]:
+def _skewed_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> Tensor:
     """With m = α p + (1 − α) q and w = (1 − α) p q / m: G = q Σ w − w"""
-    log_p_rV, log_q_rV, kl_r, mean_r = _logs(t_rV, s_rV, p_rV)
+    log_p_rV, log_q_rV = _logs(t_rV, s_rV)
     above_rV = log_p_rV - losses.mixture(log_p_rV, log_q_rV, mix)
     loss_r = (log_p_rV.exp_() * above_rV).sum(-1)
     w_rV = above_rV.add_(log_q_rV).exp_().mul_(1 - mix)
     torch.mul(log_q_rV.exp_(), w_rV.sum(-1, keepdim=True), out=s_rV).sub_(w_rV)
-    return loss_r, kl_r, mean_r
+    return loss_r
 
 
-def _skewed_reverse_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> tuple[Tensor, Tensor, Tensor]:
+def _skewed_reverse_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> Tensor:
     """With m = α q + (1 − α) p and g = log q − log m − α q / m: G = q (g − Σ q g)"""
-    log_p_rV, log_q_rV, kl_r, mean_r = _logs(t_rV, s_rV, p_rV)
+    log_p_rV, log_q_rV = _logs(t_rV, s_rV)
     above_rV = log_q_rV - losses.mixture(log_q_rV, log_p_rV, mix)
     q_rV = log_q_rV.exp_()
     loss_r = (q_rV * above_rV).sum(-1)
     g_rV = above_rV - mix * above_rV.exp()
     torch.mul(q_rV, g_rV - (q_rV * g_rV).sum(-1, keepdim=True), out=s_rV)
-    return loss_r, kl_r, mean_r
+    return loss_r
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -97,14 +97,9 @@ KERNELS: Mapping[str, Kernel] = {
 """The same names as in `losses.DIVERGENCES`."""
 
 
-def _logs(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log p, log q, KL(p ‖ q) and E_p[t − s]; spends t and p's memory."""
-    log_p_rV = torch.log_softmax(t_rV, dim=-1)
-    mean_rV = torch.exp(log_p_rV, out=p_rV)
-    mean_r = t_rV.sub_(s_rV).mul_(mean_rV).sum(-1)
-    log_q_rV = torch.log_softmax(s_rV, dim=-1)
-    kl_r = mean_rV.mul_(log_p_rV - log_q_rV).sum(-1)
-    return log_p_rV, log_q_rV, kl_r, mean_r
+def _logs(t_rV: Tensor, s_rV: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log q."""
+    return torch.log_softmax(t_rV, dim=-1), torch.log_softmax(s_rV, dim=-1)
 
 
 def cross_entropy(z_rV: Tensor, label_r: Tensor) -> tuple[Tensor, Tensor]:
