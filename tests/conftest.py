@@ -3,7 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; read when torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command line does; read when torch is loaded
 
 import json
 import random
