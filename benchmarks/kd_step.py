@@ -11,6 +11,7 @@ JSD there. The floor is 2 N_teacher + 6 N_student FLOPs a token at the GEMM rate
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from prunus.checkpoint import Checkpoint
 from prunus.distill import _accumulate, _Losses
 from prunus.masters import Masters
 from prunus.schedule import Settings, plan
-from prunus.teacher import Live
+from prunus.teacher import Live, Teacher, open_cache, write_cache
 from prunus.text import Blocks, load_blocks
 
 BLOCKS, BLOCK_SIZE = 2, 512
@@ -41,12 +42,17 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Student logits and teacher logits [B, S, V], labels [B, S] → loss."""
 
 
-def ours(teacher: Checkpoint, student: Checkpoint, blocks: Blocks, dtype: torch.dtype) -> Step:
+def ours(teacher: Checkpoint, student: Checkpoint, blocks: Blocks, dtype: torch.dtype, *, cache: str = "") -> Step:
     hardware.keep_freed_memory()
+    source: Teacher
+    if cache:
+        source = open_cache(Path(os.environ["CACHES"]) / cache)
+    else:
+        source = Live(teacher.module(dtype).requires_grad_(False))
     settings = Settings(batch_tokens=TOKENS)
     schedule = plan(settings, hidden=student.architecture.hidden, num_blocks=len(blocks), block_size=BLOCK_SIZE)
     model = student.module(torch.float32)
-    losses = _Losses(model, Live(teacher.module(dtype).requires_grad_(False)), blocks, settings, None, BLOCKS)
+    losses = _Losses(model, source, blocks, settings, None, BLOCKS)
     masters = Masters(model, dtype, weight_decay=0.0)
     masters.publish()
 
@@ -134,7 +140,11 @@ LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "torchtune": torchtune,
     "Liger": liger,
 }
-METHODS: dict[str, Callable[..., Step]] = {"prunus": ours} | {
+METHODS: dict[str, Callable[..., Step]] = {
+    "prunus": ours,
+    "prunus, samples": partial(ours, cache="samples"),
+    "prunus, hidden": partial(ours, cache="hidden"),
+} | {
     name: partial(plain_loop, loss=name.split()[0], malloc="+malloc" in name)
     for name in ("naive +malloc", "TRL", "TRL +malloc", "torchtune +malloc", "Liger +malloc")
 }
@@ -164,7 +174,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--student", help="a pruned student; default: FFN cut to half, repaired on a little text")
-    parser.add_argument("--only", help="methods, comma-separated")
+    parser.add_argument("--only", help="methods, separated by semicolons")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,6 +183,10 @@ def main() -> None:
         words = " ".join(Path(torch.__file__).with_name("functional.py").read_text().split())
         blocks = pr.tokenise([words], teacher.tokenizer(), block_size=BLOCK_SIZE, to=text, label="source code")
         student = options.student or str(cut(teacher, blocks, Path(folder) / "student"))
+        os.environ["CACHES"] = folder
+        for kind in ("samples", "hidden"):
+            if not options.only or f"prunus, {kind}" in options.only:
+                write_cache(teacher, blocks, to=Path(folder) / kind, kind=kind, dtype=dtype)
         compare(options, teacher, pr.load(student), str(text), dtype)
 
 
@@ -188,7 +202,7 @@ def compare(
     options: argparse.Namespace, teacher: Checkpoint, student: Checkpoint, text: str, dtype: torch.dtype
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    chosen = options.only.split(",") if options.only else list(METHODS)
+    chosen = options.only.split(";") if options.only else list(METHODS)
     pipes: dict[str, Connection] = {}
     for method in chosen:
         pipe, other = context.Pipe()
@@ -218,10 +232,14 @@ def compare(
         f"{options.dtype}, {torch.get_num_threads()} threads, GEMM {rate / 1e9:.0f} GFLOP/s; teacher "
         f"{teacher.parameters / 1e6:.1f}M, student {student.parameters / 1e6:.1f}M; floor {floor:.0f} tokens/s"
     )
+    share = 6 * student.parameters / (2 * teacher.parameters + 6 * student.parameters)
     speed = {method: TOKENS / statistics.median(values) for method, values in seconds.items()}
     for method, value in speed.items():
         beside = f"   prunus {speed['prunus'] / value:.2f} ×" if "prunus" in speed else ""
         print(f"{method:18} {value:6.0f} tokens/s   {value / floor:4.0%} of the floor{beside}")
+    for method in ("prunus, samples", "prunus, hidden"):
+        if method in speed and "prunus" in speed:
+            print(f"{method}: {speed['prunus'] / speed[method]:.2f} of a live step (its own FLOPs are {share:.2f})")
 
 
 if __name__ == "__main__":

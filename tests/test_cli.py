@@ -59,6 +59,21 @@ def test_inspect(invoke, whole_model):
     assert facts["next_smaller"] == {"layers": 3, "hidden": 42, "ffn": 39, "heads": 3, "kv_heads": 2}
 
 
+def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):
+    options = [*small_flags(corpus, tmp_path / "run"), "--set", "distill.batch_tokens=256"]
+    machine = ("--tflops", "600", "--gigabytes", "80")
+    one, eight = (
+        as_json(invoke("plan", str(whole_model), *options, "--gpus", gpus, *machine, "--json")) for gpus in ("1", "8")
+    )
+    assert eight["seconds"]["distill"] == pytest.approx(one["seconds"]["distill"] / 8)
+    parts = [plan["peak_memory_parts"]["masters, gradients, Adam"] for plan in (one, eight)]
+    assert parts[1] == parts[0] // 8
+    assert "on 8 GPUs" in done(invoke("plan", str(whole_model), *options, "--gpus", "8", *machine))
+    refused = invoke("plan", str(whole_model), *options, "--gpus", "1", "--gigabytes", "0.0001")
+    assert refused.exit_code == 2
+    assert "This would fit" in refused.stderr or "Use shorter blocks" in refused.stderr
+
+
 @pytest.mark.parametrize("budget", [("--params", "0.7x"), ("--memory", "0.8x"), ("--arch", "ffn=20,layers=3")])
 def test_plan_writes_nothing(invoke, whole_model, corpus, tmp_path, budget):
     options = [*small_flags(corpus, tmp_path / "run", budget=budget)]

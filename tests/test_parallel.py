@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_tokenizer, tiny_model
+from conftest import add_tokenizer, small_flags, tiny_model
 
 import prunus as pr
 from prunus import parallel
@@ -105,6 +105,23 @@ def test_two_ranks_in_bfloat16_stay_near_one(setting, tmp_path):
 def test_a_batch_that_ranks_cannot_share_is_refused(setting, tmp_path):
     trained(2, setting, tmp_path / "a", settings={"batch_tokens": 96}, code=1)
     assert not (tmp_path / "a").exists()
+
+
+def test_ranks_run_the_whole_pipeline_together(whole_model, corpus, tmp_path):
+    """The first rank does alone what is not training; a second call finds everything done."""
+    flags = small_flags(corpus, tmp_path / "run")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launch, "-m", "prunus", "compress", str(whole_model), *flags]
+    for _ in range(2):
+        run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("Distilled") == 1
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert pr.load(tmp_path / "run" / "4-distilled").parameters > 0
+    # What the first rank refuses ends all of them.
+    refused = subprocess.run([*command, "--params", "0.6x"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0
+    assert "was made with another recipe" in refused.stderr
 
 
 def test_a_process_alone_is_a_world_of_one():

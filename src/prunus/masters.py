@@ -29,7 +29,8 @@ class Masters:
             self.optimizer.state[value] = {"step": step, **{name: torch.zeros_like(value) for name in MOMENTS}}
 
     def _prepare(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-        values = {name: value.detach().float().clone() for name, value in _trained(model).items()}
+        """The model's own float32 weights become the masters; it gets new, rounded ones (or shares them in float32)."""
+        values = {name: value.detach().float() for name, value in _trained(model).items()}
         for value in values.values():
             value.requires_grad_(True)
             value.grad = torch.zeros_like(value)

@@ -22,6 +22,9 @@ LARGEST_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a larger micro-batch is not faster."""
 ROOM = 0.9
 """Share of the free memory that a plan may fill."""
+HOLES = {"cpu": 1.33, "cuda": 1.05}
+"""What activations and buffers take, as a multiple of what they hold: freed blocks between them fit nothing. glibc
+cannot give a freed block to an aligned request of the same size. Measured on the CPU, see LOG.md; a guess on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,14 @@ def peak(training: Training) -> dict[str, int]:
     That is either the end of the forward pass, with all activations and the chunk of logits, or the end of the backward
     pass, with all gradients in the short type.
     """
-    here, ranks = training, training.ranks
-    copies = here.itemsize * here.parameters // ranks if ranks == 1 else _gathered(here)
-    forward = {"activations": activations(here), "head": head(here)}
-    backward = {"gradients in the short type": here.itemsize * here.parameters if ranks == 1 else _gathered(here)}
+    here, ranks, holes = training, training.ranks, HOLES[hardware.device().type]
+    short = here.itemsize * here.parameters if ranks == 1 else _gathered(here)
+    forward = {"activations": int(holes * activations(here)), "head": int(holes * head(here))}
+    backward = {"gradients in the short type": int(holes * short)}
     return {
         "teacher": here.live_teacher * here.itemsize * here.teacher_parameters // ranks,
-        "student": copies,
+        # In float32 the student is its own master.
+        "student": short if here.itemsize < 4 or ranks > 1 else 0,
         "masters, gradients, Adam": 16 * here.parameters // ranks,
         **max(forward, backward, key=lambda parts: sum(parts.values())),
     }
@@ -70,13 +74,16 @@ def peak(training: Training) -> dict[str, int]:
 def activations(training: Training) -> int:
     """What a layer keeps for its backward pass, in every layer; or with checkpointing in one, and all inputs."""
     sizes, b = training.student, training.itemsize
-    norms = sum(2 if branch.post_norm else 1 for branch in training.family.branches)
-    # A norm keeps its input in float32, and before and after its weight in the short type.
-    norm = (4 + 2 * b) * sizes.hidden
+    family = training.family
+    # A norm keeps its input in float32, what it makes of it before its weight (Gemma's 1 + w is in float32), and after.
+    norm = 4 + (4 if family.norm_offset else b) + b
+    widths = [sizes.hidden for branch in family.branches for _ in range(2 if branch.post_norm else 1)]
+    if any("q_norm" in name for name in family.layer_weights):
+        widths += [sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim]
     # Attention keeps q, k, v and its output; the gated FFN gate, act(gate), up and their product.
     attention = 2 * b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
     ffn = 4 * b * sizes.ffn
-    layer = norms * norm + attention + ffn
+    layer = norm * sum(widths) + attention + ffn
     kept = layer + sizes.layers * b * sizes.hidden if training.gradient_checkpointing else sizes.layers * layer
     return training.tokens * kept
 

@@ -1,0 +1,109 @@
+"""The predicted peak: activations as counted by hooks, micro-batches that fit, and advice where none does."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from prunus import memory
+from prunus.distill import distill
+from prunus.errors import DoesNotFit
+from prunus.families import known_families
+from prunus.text import Blocks
+
+GB = 10**9
+
+
+def need(checkpoint, **changes):
+    values = {"tokens": 64, "dtype": torch.bfloat16} | changes
+    return memory.training(checkpoint, checkpoint, **values)
+
+
+def saved_bytes(model, tokens):
+    """Bytes that autograd keeps in a forward pass of the body, each storage once, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages, alive = {}, []
+
+    def pack(tensor):
+        alive.append(tensor)
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=tokens, use_cache=False)
+    return sum(size for storage, size in storages.items() if storage not in parameters)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what our attention on a CPU keeps")
+@pytest.mark.parametrize("family", known_families())
+def test_activations_are_those_that_autograd_keeps(family, tmp_path):
+    checkpoint = tiny_model(family, tmp_path / "model", num_hidden_layers=8, hidden_size=96, intermediate_size=256,
+                            **({"layer_types": ["full_attention"] * 8} if family == "gemma3_text" else {}))  # fmt: skip
+    model = checkpoint.module(torch.bfloat16).train()
+    counted = saved_bytes(model, torch.randint(0, 97, (1, 64)))
+    assert memory.activations(need(checkpoint)) == pytest.approx(counted, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_model("llama", tmp_path_factory.mktemp("memory") / "model")
+
+
+def large(checkpoint, **changes):
+    """8B → 4B, on paper."""
+    sizes = checkpoint.architecture.replace(
+        layers=32, hidden=3072, ffn=9216, heads=32, kv_heads=8, head_dim=128, vocab=128256
+    )
+    values = {"student": sizes, "parameters": 4_500_000_000, "teacher_parameters": 8_000_000_000, "tokens": 4096}
+    return dataclasses.replace(need(checkpoint), **(values | changes))
+
+
+def test_parts_of_a_large_training(checkpoint):
+    parts = memory.peak(large(checkpoint))
+    assert parts["teacher"] == 16 * GB
+    assert parts["student"] == 9 * GB
+    assert parts["masters, gradients, Adam"] == 72 * GB
+    cached = memory.peak(large(checkpoint, live_teacher=False))
+    assert cached["teacher"] == 0
+    ranks = memory.peak(large(checkpoint, ranks=8))
+    assert ranks["masters, gradients, Adam"] == 9 * GB
+    assert (
+        memory.activations(large(checkpoint, gradient_checkpointing=True)) < memory.activations(large(checkpoint)) / 10
+    )
+
+
+def test_the_largest_micro_batch_that_fits(checkpoint):
+    one = memory.total(need(checkpoint, tokens=32))
+    four = memory.total(need(checkpoint, tokens=4 * 32))
+    options = {"block_size": 32, "batch_blocks": 4}
+    assert memory.fitting_micro_batch(need(checkpoint), **options, free=math.ceil(four / memory.ROOM) + 1) == 4
+    assert memory.fitting_micro_batch(need(checkpoint), **options, free=math.ceil(four / memory.ROOM) - 100) == 2
+    assert memory.fitting_micro_batch(need(checkpoint), **options, free=math.ceil(one / memory.ROOM) + 1) == 1
+    assert memory.fitting_micro_batch(need(checkpoint), **options, free=100 * GB) == 4  # no more than a step holds
+
+
+def test_what_would_fit_is_said(checkpoint):
+    options = {"block_size": 4096, "batch_blocks": 1024, "free": 80 * GB}
+    with pytest.raises(DoesNotFit, match=r"needs .* but 72.0 GB are free. This would fit: torchrun with 4 GPUs"):
+        memory.fitting_micro_batch(large(checkpoint), **options)
+    small = large(checkpoint, parameters=3_000_000_000, teacher_parameters=8_000_000_000)
+    with pytest.raises(DoesNotFit, match=r"gradient_checkpointing=true [(]"):
+        memory.fitting_micro_batch(small, **(options | {"free": 100 * GB}))
+    with pytest.raises(DoesNotFit, match="Use shorter blocks or a smaller student"):
+        memory.fitting_micro_batch(large(checkpoint), **(options | {"free": GB}))
+
+
+def test_a_training_that_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):
+
+    tokens = np.zeros((4, 32), dtype=np.uint16)
+    blocks = Blocks(
+        tokens, np.broadcast_to(np.arange(32, dtype=np.uint16), tokens.shape), np.ones(4, np.int64), "zeros"
+    )
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(type(checkpoint), "module", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(DoesNotFit):
+        distill(checkpoint, checkpoint, blocks, to=tmp_path / "student")
+    assert not list(tmp_path.iterdir())
