@@ -53,15 +53,15 @@ def write_headers(config: LlamaConfig, folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
-    header, end = {}, 0
+    weight_map = {}
     for name, shape in shapes(config).items():
+        weight_map[name] = f"{name}.safetensors"
         size = 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    encoded = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-    os.truncate(folder / "model.safetensors", 8 + len(encoded) + end)
+        header = json.dumps({name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, size]}}).encode()
+        with (folder / weight_map[name]).open("wb") as stream:
+            stream.write(len(header).to_bytes(8, "little") + header)
+        os.truncate(folder / weight_map[name], 8 + len(header) + size)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def shapes(config: LlamaConfig) -> dict[str, list[int]]:
