@@ -4,13 +4,12 @@ Usage: python benchmarks/attention.py
 Turns are taken A B A B; medians. Errors are relative to float64, so that speed is not bought with accuracy unseen.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from turns import timed
 
 from prunus import hardware
 from prunus.attention import attend
@@ -37,7 +36,7 @@ def main() -> None:
         for masked, mask in {"causal": None, "documents": packed}.items():
             runs = {"torch": plain(mask), "ours": ours(mask)}
             exact = plain(mask)(*[x.detach().double() for x in inputs])
-            seconds = timed({key: both_ways(run, inputs, gradient) for key, run in runs.items()})
+            seconds = timed({key: both_ways(run, inputs, gradient) for key, run in runs.items()}, rounds=ROUNDS)
             errors = {key: relative_error(run(*inputs).detach(), exact) for key, run in runs.items()}
             print(
                 f"{name:24} {masked:10} torch {seconds['torch'] * 1e3:6.1f} ms  ours {seconds['ours'] * 1e3:6.1f} ms  "
@@ -71,18 +70,6 @@ def both_ways(run: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor
         torch.autograd.grad(run(*inputs), inputs, gradient)
 
     return step
-
-
-def timed(candidates: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each, in turns after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(ROUNDS + 1):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

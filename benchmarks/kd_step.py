@@ -31,9 +31,9 @@ from torch import Tensor
 import prunus as pr
 from prunus import hardware
 from prunus.checkpoint import Checkpoint
-from prunus.distill import _accumulate, _Losses
 from prunus.masters import Masters
 from prunus.schedule import Settings, plan
+from prunus.step import Losses, accumulate
 from prunus.teacher import Live, Teacher, open_cache, write_cache
 from prunus.text import Blocks, load_blocks
 
@@ -54,12 +54,12 @@ def ours(teacher: Checkpoint, student: Checkpoint, blocks: Blocks, dtype: torch.
     settings = Settings(batch_tokens=TOKENS)
     schedule = plan(settings, hidden=student.architecture.hidden, num_blocks=len(blocks), block_size=BLOCK_SIZE)
     model = student.module(torch.float32)
-    losses = _Losses(model, source, blocks, settings, None, BLOCKS)
+    losses = Losses(model, source, blocks, settings, None, BLOCKS)
     masters = Masters(model, dtype, weight_decay=0.0)
     masters.publish()
 
     def step(number: int) -> None:
-        _accumulate(losses, masters, 0.0, number % schedule.steps, schedule)
+        accumulate(losses, masters, 0.0, number % schedule.steps, schedule)
         masters.clip(1.0)
         masters.step(1e-5)
         masters.forget_gradients()

@@ -6,14 +6,12 @@ Plain is transformers' own forward with labels (what a perplexity costs). Turns 
 
 import argparse
 import random
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from turns import timed
 
 import prunus as pr
 from prunus import attention, hardware, text
@@ -42,7 +40,8 @@ def main() -> None:
                 "plain forward": lambda: plain(model, blocks),
                 "measure": lambda: measure(teacher, blocks, model=model, grams=False),
                 "measure with Gram matrices": lambda: measure(teacher, blocks, model=model, grams=True),
-            }
+            },
+            rounds=ROUNDS,
         )
         show(one_pass, blocks.num_tokens, limit={"measure": 1.15, "measure with Gram matrices": 1.7})
         few, layers = blocks.head(BATCH_BLOCKS), teacher.architecture.layers
@@ -50,7 +49,8 @@ def main() -> None:
             {
                 "plain forward": lambda: plain(model, few),
                 "leave one out": lambda: leave_one_out(teacher, few, model=model),
-            }
+            },
+            rounds=ROUNDS,
         )
         share = alone["leave one out"] / alone["plain forward"] / layers
         print(f"leave-one-out of {layers} layers: {share:.2f} · {layers} forwards (limit 0.60)")
@@ -62,18 +62,6 @@ def plain(model: PreTrainedModel, blocks: text.Blocks) -> None:
         for start in range(0, len(blocks), BATCH_BLOCKS):
             tokens, _ = blocks.batch(list(range(start, min(start + BATCH_BLOCKS, len(blocks)))))
             model(input_ids=tokens, labels=tokens, use_cache=False)
-
-
-def timed(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, in turns after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(ROUNDS + 1):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def show(seconds: dict[str, float], tokens: int, *, limit: dict[str, float]) -> None:

@@ -21,6 +21,7 @@ from prunus.masters import Masters
 from prunus.measure import measure
 from prunus.prune import prune
 from prunus.schedule import SCHEDULES, Settings, learning_rate, plan
+from prunus.step import hidden_weight
 from prunus.text import tokenise
 
 FAST = Settings(tokens=1024, batch_tokens=128, micro_blocks=2, learning_rate=1e-3)
@@ -203,9 +204,17 @@ def broken_at(monkeypatch, steps):
 def test_a_step_without_a_finite_gradient_is_left_out(setting, tmp_path, monkeypatch):
     broken_at(monkeypatch, {3})
     written = trained(setting, tmp_path / "a")
-    points = json.loads((written.folder / "training.json").read_text())["curve"]
-    assert [point["step"] for point in points if point.get("skipped")] == [4]
+    record = json.loads((written.folder / "training.json").read_text())
+    assert record["skipped_steps"] == [4]
+    assert [point["step"] for point in record["curve"]] == [1, 2, 3, 5, 6, 7, 8]
     assert weights(written).isfinite().all()
+
+
+def test_a_loss_that_is_no_number_does_not_reach_the_next_step():
+    good, bad = {"loss": 2.0, "hidden_loss": 0.5}, {"loss": math.nan, "hidden_loss": math.nan, "skipped": True}
+    settings = Settings(hidden_loss="mse", hidden_weight=3.0)
+    assert hidden_weight([good, bad], settings) == hidden_weight([good], settings) == 12.0
+    assert hidden_weight([bad], settings) == 0.0
 
 
 def test_repeated_bad_steps_go_back_and_slow_down(setting, tmp_path, monkeypatch):

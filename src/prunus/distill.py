@@ -1,7 +1,4 @@
-"""The training loop, top to bottom: a student learns its teacher's next-token distributions.
-
-Shapes: B blocks of a micro-batch, S tokens of a block, N = B·S, H student channels.
-"""
+"""The training loop, top to bottom: a student learns its teacher's next-token distributions."""
 
 from __future__ import annotations
 
@@ -22,18 +19,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunus import hardware, hidden, memory, parallel
 from prunus.checkpoint import Checkpoint, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
-from prunus.fused import divergence
 from prunus.masters import Masters, ShardedMasters
 from prunus.schedule import Plan, Settings, learning_rate, plan
-from prunus.teacher import Cache, Live, Teacher, Text, head
-from prunus.text import Blocks, batch_indices, targets
+from prunus.step import Losses, accumulate, hidden_weight
+from prunus.teacher import Cache, Live, Teacher, Text
+from prunus.text import Blocks
 
 TRAINING_FILE = "training.json"
 CHECKPOINT_SECONDS = 120.0
@@ -135,7 +131,7 @@ def distill(
     # 1. The teacher, and a student in `dtype` with float32 masters.
     source = _opened(teacher, dtype, device)
     model = _start(student, random_init, settings.seed, device)
-    losses = _Losses(model, source, blocks, settings, pairs, state.micro_blocks)
+    losses = Losses(model, source, blocks, settings, pairs, state.micro_blocks)
     masters = _masters(losses, dtype)
     if gradient_checkpointing:
         # transformers renamed it in 5.2x; the old name goes in version 6.
@@ -160,7 +156,7 @@ def distill(
         while len(state.curve) < schedule.steps and not _on_plateau(state.curve, settings.patience):
             step = len(state.curve)
             rate = state.rate_factor * learning_rate(step, schedule, settings)
-            point = _accumulate(losses, masters, _hidden_weight(state.curve, settings), step, schedule)
+            point = accumulate(losses, masters, hidden_weight(state.curve, settings), step, schedule)
             point |= {"learning_rate": rate, "norm": masters.clip(settings.clip)}
             if _is_bad(point, state.curve):
                 point["skipped"] = True
@@ -201,19 +197,22 @@ def training_state(to: Path) -> Path:
 
 
 def training_record(schedule: Plan, state: State, seconds: float) -> dict[str, Any]:
-    """What the report shows of a training run; one point of the curve per step."""
+    """What the report shows of a training run; one point of the curve per step, but for those that were left out: their
+    loss may be no number, which JSON does not know."""
     tokens = schedule.tokens_after(len(state.curve))
-    points = [
-        {"step": step, "tokens": schedule.tokens_after(step), **point}
-        for step, point in enumerate(state.curve, start=1)
-    ]
+    steps = list(enumerate(state.curve, start=1))
     return {
-        "steps": len(state.curve),
+        "steps": len(steps),
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "events": state.events,
-        "curve": points,
+        "skipped_steps": [step for step, point in steps if "skipped" in point],
+        "curve": [
+            {"step": step, "tokens": schedule.tokens_after(step), **point}
+            for step, point in steps
+            if "skipped" not in point
+        ],
     }
 
 
@@ -268,7 +267,7 @@ def _opened(teacher: Checkpoint | Cache | None, dtype: torch.dtype, device: torc
     return live
 
 
-def _masters(losses: _Losses, dtype: torch.dtype) -> Masters:
+def _masters(losses: Losses, dtype: torch.dtype) -> Masters:
     decay = losses.settings.weight_decay
     if not parallel.world().several:
         return Masters(losses.student, dtype, weight_decay=decay)
@@ -283,88 +282,6 @@ def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.devi
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
     return hardware.place(model, device=device)
-
-
-class _Losses(nn.Module):
-    """The losses of some blocks. A module, so that FSDP gathers the output head for the loss as it does for the model;
-    the teacher is kept out of its parameters."""
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: Teacher,
-        blocks: Blocks,
-        settings: Settings,
-        pairs: hidden.Pairs | None,
-        micro_blocks: int,
-    ) -> None:
-        super().__init__()
-        self.student, self.micro_blocks = student, micro_blocks
-        self.settings, self.blocks, self.pairs = settings, blocks, pairs
-        self._teacher = (teacher,)  # in a tuple: a module that is an attribute would be a part of this one
-
-    def forward(self, indices: list[int], num_tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Divergence and hidden-state loss of these blocks, each divided by the tokens of the whole step."""
-        (teacher,) = self._teacher
-        settings, device = self.settings, hardware.device()
-        tokens_BS, positions_BS = (part.to(device) for part in self.blocks.batch(indices))
-        mask_N = targets(tokens_BS, positions_BS).flatten()
-        pairs = self.pairs if settings.hidden_loss else None
-        with contextlib.ExitStack() as stack:
-            mine = theirs = {}
-            if pairs is not None and isinstance(teacher, Live):
-                mine, theirs = (
-                    stack.enter_context(hidden.captured(model, [pair[side] for pair in pairs.layers]))
-                    for side, model in enumerate((self.student, teacher.model))
-                )
-            wanted = teacher.targets(indices, tokens_BS, positions_BS)
-            student_BSH = self.student.base_model(
-                input_ids=tokens_BS, position_ids=positions_BS, use_cache=False
-            ).last_hidden_state
-        loss = divergence(
-            settings.divergence,
-            student_BSH.flatten(0, 1),
-            head(self.student),
-            wanted,
-            num_tokens=num_tokens,
-            temperature=settings.temperature,
-            mix=settings.mix,
-            mask_N=mask_N,
-            label_N=tokens_BS.roll(-1, dims=1).flatten(),
-            cross_entropy_share=settings.cross_entropy_share,
-        )
-        if pairs is None or settings.hidden_loss is None:
-            return loss, None
-        return loss, hidden.loss(settings.hidden_loss, pairs, mine, theirs, num_tokens=num_tokens, mask_N=mask_N)
-
-
-def _accumulate(losses: _Losses, masters: Masters, hidden_weight: float, step: int, schedule: Plan) -> dict[str, Any]:
-    """Gradients of one step on the masters, and its losses. Every micro-batch is divided by the tokens of the whole
-    step, over all ranks, so the result depends neither on the split nor on their number."""
-    settings, blocks = losses.settings, losses.blocks
-    indices = batch_indices(step, schedule.batch_blocks, len(blocks), settings.seed)
-    num_tokens = int(targets(*blocks.batch(indices)).sum())
-    sums = {"loss": 0.0} | ({"hidden_loss": 0.0} if settings.hidden_loss else {})
-    mine = parallel.share(indices)
-    for start in range(0, len(mine), losses.micro_blocks):
-        stop = start + losses.micro_blocks
-        parallel.sync_gradients(losses, stop >= len(mine))
-        loss, hidden_loss = losses(mine[start:stop], num_tokens)
-        sums["loss"] += float(loss.detach())
-        if hidden_loss is not None:
-            sums["hidden_loss"] += float(hidden_loss.detach())
-            loss = loss + hidden_weight * hidden_loss
-        loss.backward()
-        masters.collect()
-    return parallel.total(sums)
-
-
-def _hidden_weight(curve: list[dict[str, Any]], settings: Settings) -> float:
-    """α = hidden_weight · L_logits / L_hidden, so that both pull alike (Minitron, arXiv:2407.14679, eq. 6): of the step
-    before, so that it does not depend on how this one is split; 0 in the first."""
-    if settings.hidden_loss is None or not curve:
-        return 0.0
-    return settings.hidden_weight * curve[-1]["loss"] / max(curve[-1]["hidden_loss"], 1e-12)
 
 
 def _is_bad(point: dict[str, Any], curve: list[dict[str, Any]]) -> bool:
