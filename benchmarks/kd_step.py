@@ -34,7 +34,7 @@ from prunus.checkpoint import Checkpoint
 from prunus.masters import Masters
 from prunus.schedule import Settings, plan
 from prunus.step import Losses, accumulate
-from prunus.teacher import Live, Teacher, open_cache, write_cache
+from prunus.teacher import Live, Teacher, describe, open_cache, write_cache
 from prunus.text import Blocks, load_blocks
 
 BLOCKS, BLOCK_SIZE = 2, 512
@@ -188,7 +188,7 @@ def main() -> None:
         os.environ["CACHES"] = folder
         for kind in ("samples", "hidden"):
             if not options.only or f"prunus, {kind}" in options.only:
-                write_cache(teacher, blocks, to=Path(folder) / kind, kind=kind, dtype=dtype)
+                write_cache(teacher, blocks, describe(teacher, blocks, kind=kind, dtype=dtype), to=Path(folder) / kind)
         compare(options, teacher, pr.load(student), str(text), dtype)
 
 

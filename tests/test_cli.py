@@ -222,3 +222,25 @@ def make_gguf(file, folder) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_distill_alone_heeds_every_setting(invoke, whole_model, corpus, tmp_path):
+    """A student that was cut: from a cache with held-out losses, then live with hidden states."""
+    run = tmp_path / "run"
+    assert invoke("prune", str(whole_model), *small_flags(corpus, run)).exit_code == 0
+    command = ["distill", str(run / "3-pruned"), "--teacher", str(whole_model), "--data", str(corpus)]
+    command += ["--tokens", "16k", "--heldout", str(corpus), "--set", "batch_tokens=2048"]
+    settings = ("--set", "teacher_cache=samples", "--set", "evaluate_every=2")
+    assert invoke(*command, "--to", str(tmp_path / "a"), *settings).exit_code == 0
+    assert (tmp_path / "a-teacher-cache" / "manifest.json").is_file()
+    curve = json.loads((tmp_path / "a" / "training.json").read_text())["curve"]
+    assert "heldout_loss" in curve[1]
+    assert invoke(*command, "--to", str(tmp_path / "b"), "--set", "hidden_loss=mse").exit_code == 0
+    assert "hidden_loss" in json.loads((tmp_path / "b" / "training.json").read_text())["curve"][0]
+
+
+def test_distill_alone_says_what_held_out_losses_need(invoke, whole_model, corpus, tmp_path):
+    command = ["distill", str(whole_model), "--teacher", str(whole_model), "--data", str(corpus)]
+    refused = invoke(*command, "--to", str(tmp_path / "a"), "--set", "evaluate_every=2")
+    assert refused.exit_code == 2
+    assert "--heldout" in refused.stderr

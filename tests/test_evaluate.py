@@ -21,6 +21,7 @@ from transformers import (
 
 from prunus import evaluate
 from prunus.errors import BadCheckpoint, BadData
+from prunus.fused import Head
 from prunus.text import Blocks
 
 VOCAB = 96
@@ -148,7 +149,7 @@ def test_the_teacher_runs_once_for_all_students() -> None:
 
 def test_logits_of_a_bf16_model_are_not_rounded_to_bf16() -> None:
     hidden, head = torch.randn(8, 64).bfloat16(), torch.randn(VOCAB, 64).bfloat16()
-    found = evaluate._logits(hidden, head, None)
+    found = Head(head).logits(hidden)
     assert found.dtype == torch.float32
     torch.testing.assert_close(
         found.double(), hidden.double() @ head.double().t(), rtol=0, atol=5e-4

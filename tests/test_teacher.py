@@ -12,8 +12,9 @@ from prunus import losses
 from prunus import teacher as teachers
 from prunus.errors import BadData, BadOutput
 from prunus.evaluate import quality
+from prunus.fused import head_of
 from prunus.kernels import Samples, TopK
-from prunus.teacher import Live, draw, head, open_cache, packed, unpacked, write_cache
+from prunus.teacher import Live, describe, draw, open_cache, packed, unpacked, write_cache
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +22,10 @@ def _small_shards(monkeypatch):
     monkeypatch.setattr(teachers, "SHARD_BLOCKS", 8)
 
 
-def cached(setting, to, **options):  # noqa: F811
+def cached(setting, to, progress=lambda done, total: None, **options):  # noqa: F811
     teacher, _, text = setting
-    return write_cache(teacher, text, to=to, **({"dtype": torch.float32} | options))
+    manifest = describe(teacher, text, **({"dtype": torch.float32} | options))
+    return write_cache(teacher, text, manifest, to=to, progress=progress)
 
 
 def probabilities(setting, indices, temperature=1.0):  # noqa: F811
@@ -90,7 +92,7 @@ def test_hidden_states_give_the_live_distribution(setting, tmp_path):  # noqa: F
     dense = cache.targets(indices, *text.batch(indices))
     model = teacher.module(torch.bfloat16)
     live = Live(model).targets(indices, *text.batch(indices))
-    assert torch.equal(dense.head.weight_VD, head(model).weight_VD)
+    assert torch.equal(dense.head.weight_VD, head_of(model).weight_VD)
     torch.testing.assert_close(dense.hidden_NE, live.hidden_NE, rtol=0.02, atol=0.02)
 
 

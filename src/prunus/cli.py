@@ -219,7 +219,11 @@ def distill(
     if missing:
         raise BadRecipe(f"distill needs {', '.join(missing)}")
     values = {key.removeprefix("distill."): value for key, value in _settings(settings).items()}
-    written = standalone.distill(student, str(teacher), str(data), tokens=tokens, settings=values, to=Path(str(to)))
+    written = standalone.distill(
+        student, str(teacher), str(data), heldout=heldout, tokens=tokens, settings=values, to=Path(str(to))
+    )
+    if not console.FIRST:
+        return
     typer.echo(json.dumps({"student": str(written)}) if as_json else f"Wrote {written}")
 
 

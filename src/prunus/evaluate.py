@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunus import attention, hardware
+from prunus import attention
 from prunus.errors import BadCheckpoint, BadData
+from prunus.fused import head_of
 from prunus.text import Blocks, targets
 
 LOGIT_BYTES = 32 * 1024**2
@@ -201,10 +202,7 @@ def _log_probabilities(
             rows = slice(at, at + chunk_tokens)
             yield (
                 target_N[rows],
-                {
-                    key: _logits(hidden_NH[key][rows], _head_weight(model), _softcap(model)).log_softmax(-1)
-                    for key, model in models.items()
-                },
+                {key: head_of(model).logits(hidden_NH[key][rows]).log_softmax(-1) for key, model in models.items()},
             )
         if progress:
             progress(stop, len(blocks))
@@ -222,24 +220,8 @@ def _hidden(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor, mas
     return body.last_hidden_state[mask_BS.to(device)]
 
 
-def _head_weight(model: PreTrainedModel) -> Tensor:
-    head = model.get_output_embeddings()
-    assert getattr(head, "bias", None) is None, "no family has a head with a bias"
-    return head.weight.detach()
-
-
-def _softcap(model: PreTrainedModel) -> float | None:
-    return getattr(model.config, "final_logit_softcapping", None)
-
-
 def _fitting_chunk(models: Iterable[PreTrainedModel]) -> int:
-    return max(1, LOGIT_BYTES // (4 * max(_head_weight(model).shape[0] for model in models)))
-
-
-def _logits(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:
-    """float32 [N, V], not rounded to the model's dtype."""
-    logits_NV = hardware.matmul_float32(hidden_NH, head_VH.t())
-    return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+    return max(1, LOGIT_BYTES // (4 * max(head_of(model).weight_VD.shape[0] for model in models)))
 
 
 def _chunk_sums(log_p_NV: Tensor, target_N: Tensor, teacher_NV: Tensor | None) -> Tensor:
@@ -266,9 +248,9 @@ def _quality(sums: Tensor, num_tokens: int, num_bytes: float, *, compared: bool)
 
 
 def _check_same_vocabulary(models: Mapping[str, PreTrainedModel], teacher: PreTrainedModel) -> None:
-    expected = _head_weight(teacher).shape[0]
+    expected = head_of(teacher).weight_VD.shape[0]
     for name, model in models.items():
-        size = _head_weight(model).shape[0]
+        size = head_of(model).weight_VD.shape[0]
         if size != expected:
             raise BadCheckpoint(
                 f"{name}: {size} tokens in the vocabulary, but the teacher has {expected}; a divergence compares two "

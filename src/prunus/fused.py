@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
-from prunus import kernels, losses
+from prunus import hardware, kernels, losses
 from prunus.kernels import KERNELS, Kernel, Samples, TopK
 
 CHUNK_TOKENS = 1024
@@ -51,6 +52,21 @@ class Head:
     bias_V: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, V], not rounded to the dtype of the hidden states. For a few tokens: they are whole."""
+        logits_NV = hardware.matmul_float32(hidden_ND, self.weight_VD.T)
+        if self.bias_V is not None:
+            logits_NV = logits_NV + self.bias_V
+        logits_NV = self.scale * logits_NV
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """A transformers model's output head."""
+    module = model.get_output_embeddings()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), softcap)
 
 
 @dataclasses.dataclass(frozen=True)

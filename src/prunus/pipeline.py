@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from prunus import architecture, console, cost, hardware, hidden, importance, parallel, results, text
 from prunus.budget import parse_budget
@@ -221,18 +220,20 @@ def _distill(run: Run) -> None:
 def _teacher_cache(run: Run, kind: str) -> Cache:
     """What the teacher says of the training text, written once and read by every training of this run."""
     options, folder = run.recipe.distill, run.root / TEACHER_CACHE
-    wanted: dict[str, Any] = {
-        "kind": kind,
-        "per_token": options.cache_per_token,
-        "temperature": options.temperature,
-        "seed": options.seed,
-    }
 
     def write() -> None:
-        if folder.is_dir() and differences(folder, describe(run.teacher, run.train, **wanted)):
+        wanted = describe(
+            run.teacher,
+            run.train,
+            kind=kind,
+            per_token=options.cache_per_token,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        if folder.is_dir() and differences(folder, wanted):
             shutil.rmtree(folder)  # of an earlier recipe of this run
         with console.bar("teacher cache", unit="tokens") as step:
-            write_cache(run.teacher, run.train, to=folder, progress=step, **wanted)
+            write_cache(run.teacher, run.train, wanted, to=folder, progress=step)
 
     parallel.first_alone(write)
     return open_cache(folder)

@@ -11,44 +11,94 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prunus import console, hardware
+from prunus import console, hardware, parallel
 from prunus.budget import parse_quantity
 from prunus.checkpoint import Checkpoint, load, verify_weights
+from prunus.distill import Progress
 from prunus.distill import distill as train
 from prunus.documents import chat_template, documents, shuffled
 from prunus.errors import BadCheckpoint, BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
+from prunus.hidden import pairs_of_cut
 from prunus.recipe import Distill, parse_section
 from prunus.schedule import Settings
 from prunus.tasks import run_tasks
+from prunus.teacher import Cache, describe, open_cache, write_cache
 from prunus.text import Blocks, tokenise
+from prunus.trackers import tracked
 
 BLOCK_SIZE = 512
+HELDOUT_TOKENS = 65536
 
 
 def distill(
-    student: str, teacher: str, data: str, *, tokens: str | None, settings: Mapping[str, Any], to: Path
+    student: str,
+    teacher: str,
+    data: str,
+    *,
+    heldout: str | None,
+    tokens: str | None,
+    settings: Mapping[str, Any],
+    to: Path,
 ) -> Path:
-    """Distil `teacher` into `student` on the text `data`, and write the result to `to`."""
+    """Distil `teacher` into `student` on the text `data`, and write the result to `to`.
+
+    Args:
+        heldout: text for `evaluate_every`.
+        settings: keys of the recipe's section `distill`. A teacher's cache is written beside `to`, and stays for other
+            students of the same teacher and text.
+    """
     if to.exists() and any(to.iterdir()):
         raise BadOutput(f"{to} is not empty; give a new folder with --to")
     options = parse_section(Distill, {**settings, **({"tokens": tokens} if tokens else {})}, source="command line")
+    if options.evaluate_every and heldout is None:
+        raise BadRecipe("evaluate_every measures on held-out text; give some with --heldout")
     learner, source = _opened(student), _opened(teacher)
     if learner.architecture.vocab != source.architecture.vocab:
         sizes = f"{learner.architecture.vocab} and {source.architecture.vocab}"
         raise BadCheckpoint(f"student and teacher have vocabularies of {sizes}; distillation needs the same tokens")
-    with tempfile.TemporaryDirectory() as folder, console.bar("student", unit="tokens") as step:
+    training = Settings(**options.hyperparameters())
+    pairs = pairs_of_cut(learner, source, count=training.hidden_layers) if training.hidden_loss else None
+    with tempfile.TemporaryDirectory() as folder:
         blocks = _blocks(data, source, options.tokens, Path(folder))
-        written = train(
-            learner,
-            source,
-            blocks,
-            to=to,
-            settings=Settings(**options.hyperparameters()),
-            checkpoint_seconds=options.checkpoint_seconds,
-            progress=lambda at: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
-        )
+        validation = _blocks(heldout, source, HELDOUT_TOKENS, Path(folder) / "heldout") if heldout else None
+        kind = options.teacher_cache
+        kept = source if kind is None else _cached(source, blocks, kind, options, to)
+        with console.bar("student", unit="tokens") as step, tracked(options.trackers, to.name) as track:
+
+            def show(at: Progress) -> None:
+                step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}")
+                track(at)
+
+            written = train(
+                learner,
+                kept,
+                blocks,
+                to=to,
+                settings=training,
+                pairs=pairs,
+                validation=validation,
+                gradient_checkpointing=options.gradient_checkpointing,
+                compiled=options.compile,
+                checkpoint_seconds=options.checkpoint_seconds,
+                progress=show,
+            )
     return written.folder
+
+
+def _cached(teacher: Checkpoint, blocks: Blocks, kind: str, options: Distill, to: Path) -> Cache:
+    wanted = describe(
+        teacher,
+        blocks,
+        kind=kind,
+        per_token=options.cache_per_token,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    folder = to.with_name(f"{to.name}-teacher-cache")
+    with console.bar("teacher cache", unit="tokens") as step:
+        parallel.first_alone(lambda: write_cache(teacher, blocks, wanted, to=folder, progress=step))
+    return open_cache(folder, **asdict(wanted))
 
 
 def evaluate(

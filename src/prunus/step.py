@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunus import hardware, hidden, parallel
-from prunus.fused import divergence
+from prunus.fused import divergence, head_of
 from prunus.masters import Masters
 from prunus.schedule import Plan, Settings
-from prunus.teacher import Live, Teacher, head
+from prunus.teacher import Live, Teacher
 from prunus.text import Blocks, batch_indices, targets
 
 
@@ -58,7 +58,7 @@ class Losses(nn.Module):
         loss = divergence(
             settings.divergence,
             student_BSH.flatten(0, 1),
-            head(self.student),
+            head_of(self.student),
             wanted,
             num_tokens=num_tokens,
             temperature=settings.temperature,

@@ -1,7 +1,7 @@
 """What a student is trained on, behind one interface: a live teacher, or a cache of its outputs on disk.
 
     teacher = Live(model)                                        # or
-    teacher = write_cache(checkpoint, blocks, to=Path("cache"))  # once, for every student of a family or a search
+    teacher = write_cache(checkpoint, blocks, describe(checkpoint, blocks), to=Path("cache"))  # once, for all students
     targets = teacher.targets(indices, tokens_BS, positions_BS)
 
 A cache pays from the second epoch or student on, or where the teacher does not fit beside its student. Its files are
@@ -30,7 +30,7 @@ from prunus import hardware
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BadData, BadOutput
 from prunus.files import atomic_file, save_file
-from prunus.fused import Dense, Head, Targets
+from prunus.fused import Dense, Head, Targets, head_of
 from prunus.kernels import Samples, TopK
 from prunus.text import Blocks
 
@@ -60,7 +60,7 @@ class Live(nn.Module):
     def targets(self, indices: Sequence[int], tokens_BS: Tensor, positions_BS: Tensor) -> Dense:
         with torch.no_grad():
             hidden_BSE = self(tokens_BS, positions_BS)
-        return Dense(hidden_BSE.flatten(0, 1), head(self.model))
+        return Dense(hidden_BSE.flatten(0, 1), head_of(self.model))
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """States after the last norm, [B, S, E]."""
@@ -74,13 +74,6 @@ class Text:
 
     def targets(self, indices: Sequence[int], tokens_BS: Tensor, positions_BS: Tensor) -> Samples:
         return Samples(tokens_BS.roll(-1, dims=1).flatten()[:, None])
-
-
-def head(model: PreTrainedModel) -> Head:
-    """A model's output head, as the losses read it."""
-    module = model.get_output_embeddings()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return Head(module.weight, getattr(module, "bias", None), softcap)
 
 
 @dataclass(frozen=True)
@@ -129,6 +122,12 @@ class Cache:
             return Samples(ids_NK)
         return TopK(ids_NK, torch.from_numpy(parts["p"]).flatten(0, 1).to(device))
 
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are not written yet."""
+        shards, names = -(-self.manifest.num_blocks // SHARD_BLOCKS), LAYOUT[self.manifest.kind]
+        files = {number: [_shard_file(self.folder, name, number) for name in names] for number in range(shards)}
+        return [number for number, wanted in files.items() if not all(file.is_file() for file in wanted)]
+
     def _rows(self, name: str, indices: Sequence[int]) -> np.ndarray:
         """[B, S, …] of these blocks."""
         return np.stack([self._shard(name, index // SHARD_BLOCKS)[index % SHARD_BLOCKS] for index in indices])
@@ -157,29 +156,20 @@ LAYOUT = {"samples": ("ids",), "top_k": ("ids", "p"), "hidden": ("hidden",)}
 def write_cache(
     teacher: Checkpoint,
     blocks: Blocks,
+    manifest: Manifest,
     *,
     to: Path,
-    kind: str = "samples",
-    per_token: int = 12,
-    temperature: float = 1.0,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Cache:
     """Run the teacher over the text once and keep what a loss needs of it. Finished shards of a killed run stay.
 
     Args:
+        manifest: what to keep, from `describe` of the same teacher and text.
         to: folder; each file in it appears whole or not at all.
-        kind, per_token, temperature, seed: see `Manifest`.
-        dtype: that the teacher computes in. Default: the machine's.
         progress: called with the tokens done and in all.
     Raises:
         BadOutput: the folder holds a cache of something else.
     """
-    dtype = dtype or hardware.compute_dtype()
-    manifest = describe(
-        teacher, blocks, kind=kind, per_token=per_token, temperature=temperature, seed=seed, dtype=dtype
-    )
     cache = Cache(to, manifest)
     if (to / MANIFEST).is_file():
         if different := differences(to, manifest):
@@ -189,11 +179,11 @@ def write_cache(
     else:
         with atomic_file(to / MANIFEST) as partial:
             partial.write_text(json.dumps(asdict(manifest), indent=2))
-    missing = [number for number in range(num_shards(blocks)) if not _has_shard(cache, number)]
-    if missing or (kind == "hidden" and not (to / HEAD).is_file()):
+    missing = cache.missing_shards()
+    if missing or (manifest.kind == "hidden" and not (to / HEAD).is_file()):
         hardware.keep_freed_memory()
-        model = teacher.module(dtype, hardware.device()).requires_grad_(False)
-        if kind == "hidden":
+        model = teacher.module(getattr(torch, manifest.dtype), hardware.device()).requires_grad_(False)
+        if manifest.kind == "hidden":
             _write_head(model, to / HEAD)
         for number in missing:
             _write_shard(cache, number, Live(model), blocks, progress)
@@ -218,10 +208,8 @@ def open_cache(folder: Path, **expected: Any) -> Cache:
             "write a cache for this one, or train with the teacher itself."
         )
     cache = Cache(folder, manifest)
-    shards = -(-manifest.num_blocks // SHARD_BLOCKS)
-    missing = sum(not _has_shard(cache, number) for number in range(shards))
-    if missing:
-        raise BadData(f"{folder}: {missing} of {shards} shards are missing; run the command that writes it again")
+    if missing := cache.missing_shards():
+        raise BadData(f"{folder}: {len(missing)} shards are missing; run the command that writes it again")
     return cache
 
 
@@ -275,20 +263,12 @@ def differences(folder: Path, wanted: Manifest) -> list[str]:
     return [name for name, value in asdict(wanted).items() if found.get(name) != value]
 
 
-def num_shards(blocks: Blocks) -> int:
-    return -(-len(blocks) // SHARD_BLOCKS)
-
-
 def _shard_file(folder: Path, name: str, number: int) -> Path:
     return folder / f"{name}-{number:05}.npy"
 
 
-def _has_shard(cache: Cache, number: int) -> bool:
-    return all(_shard_file(cache.folder, name, number).is_file() for name in LAYOUT[cache.manifest.kind])
-
-
 def _write_head(model: PreTrainedModel, file: Path) -> None:
-    parts = head(model)
+    parts = head_of(model)
     tensors = {"weight": parts.weight_VD, "bias": parts.bias_V}
     if parts.softcap is not None:
         tensors["softcap"] = torch.tensor(parts.softcap)
@@ -322,7 +302,7 @@ def _reduced(dense: Dense, indices: Sequence[int], manifest: Manifest) -> dict[s
     uniform_NK = np.concatenate([_uniform(manifest, index) for index in indices])
     parts: dict[str, list[Tensor]] = {name: [] for name in LAYOUT[manifest.kind]}
     for start in range(0, len(dense), ROWS):
-        p_RV = _probabilities(dense.hidden_NE[start : start + ROWS], dense.head, manifest.temperature)
+        p_RV = (dense.head.logits(dense.hidden_NE[start : start + ROWS]) / manifest.temperature).softmax(-1)
         if manifest.kind == "samples":
             parts["ids"].append(draw(p_RV, torch.from_numpy(uniform_NK[start : start + ROWS]).to(p_RV.device)))
         else:
@@ -331,17 +311,6 @@ def _reduced(dense: Dense, indices: Sequence[int], manifest: Manifest) -> dict[s
             parts["p"].append(top.values.half())
     whole = {name: torch.cat(chunks).cpu().numpy() for name, chunks in parts.items()}
     return whole | {"ids": packed(whole["ids"])}
-
-
-def _probabilities(hidden_RE: Tensor, parts: Head, temperature: float) -> Tensor:
-    """float32 [R, V]."""
-    z_RV = hardware.matmul_float32(hidden_RE, parts.weight_VD.t())
-    if parts.bias_V is not None:
-        z_RV += parts.bias_V
-    z_RV *= parts.scale
-    if parts.softcap is not None:
-        z_RV = parts.softcap * torch.tanh(z_RV / parts.softcap)
-    return torch.softmax(z_RV / temperature, dim=-1)
 
 
 def _uniform(manifest: Manifest, block: int) -> np.ndarray:
