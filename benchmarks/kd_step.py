@@ -44,7 +44,15 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Student logits and teacher logits [B, S, V], labels [B, S] → loss."""
 
 
-def ours(teacher: Checkpoint, student: Checkpoint, blocks: Blocks, dtype: torch.dtype, *, cache: str = "") -> Step:
+def ours(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    blocks: Blocks,
+    dtype: torch.dtype,
+    *,
+    cache: str = "",
+    compiled: bool = False,
+) -> Step:
     hardware.keep_freed_memory()
     source: Teacher
     if cache:
@@ -57,6 +65,8 @@ def ours(teacher: Checkpoint, student: Checkpoint, blocks: Blocks, dtype: torch.
     losses = Losses(model, source, blocks, settings, None, BLOCKS)
     masters = Masters(model, dtype, weight_decay=0.0)
     masters.publish()
+    for each in (model, source.model) if compiled else ():
+        hardware.compile_layers(each)
 
     def step(number: int) -> None:
         accumulate(losses, masters, 0.0, number % schedule.steps, schedule)
@@ -75,8 +85,7 @@ def plain_loop(
         hardware.keep_freed_memory()
     compute = LOSSES[loss]()
     source, model = teacher.module(dtype).requires_grad_(False), student.module(torch.float32).train()
-    for each in (source, model):
-        each.set_attn_implementation("sdpa")  # transformers alone
+    hardware.plain([source, model]).__enter__()  # transformers alone, to the end of the process
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(number: int) -> None:
@@ -144,6 +153,7 @@ LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
 }
 METHODS: dict[str, Callable[..., Step]] = {
     "prunus": ours,
+    "prunus, compiled": partial(ours, compiled=True),
     "prunus, samples": partial(ours, cache="samples"),
     "prunus, hidden": partial(ours, cache="hidden"),
 } | {

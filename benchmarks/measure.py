@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from turns import timed
 
 import prunus as pr
-from prunus import attention, hardware, text
+from prunus import hardware, text
 from prunus.measure import leave_one_out, measure
 
 ROUNDS = 3
@@ -58,7 +58,7 @@ def main() -> None:
 
 @torch.no_grad()
 def plain(model: PreTrainedModel, blocks: text.Blocks) -> None:
-    with attention.uninstalled([model]):
+    with hardware.plain([model]):
         for start in range(0, len(blocks), BATCH_BLOCKS):
             tokens, _ = blocks.batch(list(range(start, min(start + BATCH_BLOCKS, len(blocks)))))
             model(input_ids=tokens, labels=tokens, use_cache=False)

@@ -77,7 +77,8 @@ def measured(model: str, micro_blocks: int, dtype: str, gradient_checkpointing: 
     need = memory.training(
         opened,
         opened,
-        tokens=micro_blocks * BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
+        blocks=micro_blocks,
         dtype=number,
         gradient_checkpointing=gradient_checkpointing,
     )

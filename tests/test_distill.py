@@ -281,3 +281,24 @@ def test_derived_settings():
     assert math.isclose(small.tokens, 130 * 512)
     with pytest.raises(BadData, match="at least one step"):
         plan(Settings(batch_tokens=4096), hidden=64, num_blocks=2, block_size=32)
+
+
+def test_a_weight_without_part_in_a_step_keeps_no_gradient_of_the_step_before():
+    """An expert that no token chose: its gradient is zero, not what it was."""
+    experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    masters = Masters(experts, torch.bfloat16, weight_decay=0.0)
+    x = torch.randn(3, 4).bfloat16()
+
+    def gradients(*chosen):
+        for number in chosen:
+            experts[number](x).float().sum().backward()
+        masters.clip(math.inf)
+        found = [masters.values[f"{number}.weight"].grad.clone() for number in range(2)]
+        masters.forget_gradients()
+        return found
+
+    once, both, one = gradients(0, 1), gradients(0, 0, 1), gradients(0)
+    torch.testing.assert_close(both[0], 2 * once[0], rtol=0, atol=0)
+    torch.testing.assert_close(both[1], once[1], rtol=0, atol=0)
+    torch.testing.assert_close(one[0], once[0], rtol=0, atol=0)
+    assert one[1].count_nonzero() == 0

@@ -18,7 +18,7 @@ GB = 10**9
 
 
 def need(checkpoint, **changes):
-    values = {"tokens": 64, "dtype": torch.bfloat16} | changes
+    values = {"block_size": 64, "dtype": torch.bfloat16} | changes
     return memory.training(checkpoint, checkpoint, **values)
 
 
@@ -57,7 +57,7 @@ def large(checkpoint, **changes):
     sizes = checkpoint.architecture.replace(
         layers=32, hidden=3072, ffn=9216, heads=32, kv_heads=8, head_dim=128, vocab=128256
     )
-    values = {"student": sizes, "parameters": 4_500_000_000, "teacher_parameters": 8_000_000_000, "tokens": 4096}
+    values = {"student": sizes, "parameters": 4_500_000_000, "teacher_parameters": 8_000_000_000, "block_size": 4096}
     return dataclasses.replace(need(checkpoint), **(values | changes))
 
 
@@ -76,18 +76,18 @@ def test_parts_of_a_large_training(checkpoint):
 
 
 def test_the_largest_micro_batch_that_fits(checkpoint):
-    one = memory.total(need(checkpoint, tokens=32))
-    four = memory.total(need(checkpoint, tokens=4 * 32))
-    options = {"block_size": 32, "batch_blocks": 4}
-    assert memory.fitting_micro_batch(need(checkpoint), **options, free=math.ceil(four / memory.ROOM) + 1) == 4
-    assert memory.fitting_micro_batch(need(checkpoint), **options, free=math.ceil(four / memory.ROOM) - 100) == 2
-    assert memory.fitting_micro_batch(need(checkpoint), **options, free=math.ceil(one / memory.ROOM) + 1) == 1
-    assert memory.fitting_micro_batch(need(checkpoint), **options, free=100 * GB) == 4  # no more than a step holds
+    one = memory.total(need(checkpoint, block_size=32))
+    four = memory.total(need(checkpoint, block_size=32, blocks=4))
+    here, options = need(checkpoint, block_size=32), {"batch_blocks": 4}
+    assert memory.fitting_micro_batch(here, **options, free=math.ceil(four / memory.ROOM) + 1) == 4
+    assert memory.fitting_micro_batch(here, **options, free=math.ceil(four / memory.ROOM) - 100) == 2
+    assert memory.fitting_micro_batch(here, **options, free=math.ceil(one / memory.ROOM) + 1) == 1
+    assert memory.fitting_micro_batch(here, **options, free=100 * GB) == 4  # no more than a step holds
 
 
 def test_what_would_fit_is_said(checkpoint):
-    options = {"block_size": 4096, "batch_blocks": 1024, "free": 80 * GB}
-    with pytest.raises(DoesNotFit, match=r"needs .* but 72.0 GB are free. This would fit: torchrun with 4 GPUs"):
+    options = {"batch_blocks": 1024, "free": 70 * GB}
+    with pytest.raises(DoesNotFit, match=r"needs .* but 63.0 GB are free. This would fit: torchrun with 4 GPUs"):
         memory.fitting_micro_batch(large(checkpoint), **options)
     small = large(checkpoint, parameters=3_000_000_000, teacher_parameters=8_000_000_000)
     with pytest.raises(DoesNotFit, match=r"gradient_checkpointing=true [(]"):

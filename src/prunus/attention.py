@@ -5,8 +5,8 @@ small and their exponentials interrupt the GEMMs. Here the GEMMs are large and t
 Numerics are those of transformers' "eager": scores rounded to the model's dtype, softmax in float32 inside. In float32
 PyTorch's kernel is as fast, and stays.
 
-Shapes: B sequences, A query heads, G key-value heads, S tokens, D channels of a head, C rows of a chunk × heads of a
-group, K keys.
+Shapes: B sequences, A query heads, G key-value heads, R = A / G, M = B·G, S tokens, c tokens of a chunk, C = R·c,
+K keys, D channels of a head.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -24,6 +25,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 NAME = "prunus"
 PLAIN = "sdpa"
 CHUNK_ROWS = 128
+KEEP_TOKENS = 512
+"""Up to this length the probabilities are kept for the backward pass, 0.6 · S values per token and head; of longer
+sequences they are computed again, so that memory grows with S, not S²."""
 
 
 def install(model: nn.Module) -> None:
@@ -33,9 +37,11 @@ def install(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def uninstalled(models: Iterable[PreTrainedModel]) -> Iterator[None]:
-    """Inside, these models run as transformers alone would run them."""
-    changed = [model for model in models if model.config._attn_implementation == NAME]
+def uninstalled(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, these models attend by PyTorch's kernel."""
+    changed = [
+        model for model in models if isinstance(model, PreTrainedModel) and model.config._attn_implementation == NAME
+    ]
     for model in changed:
         model.set_attn_implementation(PLAIN)
     try:
@@ -57,65 +63,75 @@ def attend(q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scale: float, mask
 
 
 class _Attend(torch.autograd.Function):
-    """Backward computes the probabilities again, so that only q, k and v are kept."""
-
     @staticmethod
     def forward(ctx: Any, q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(q_BASD, k_BGSD, v_BGSD, mask)
-        ctx.scale = scale
+        groups = k_BGSD.shape[1]
+        q_BGRSD, k_MSD, v_MSD = _grouped(q_BASD * scale, groups), k_BGSD.flatten(0, 1), v_BGSD.flatten(0, 1)
         batch, heads, length, _ = q_BASD.shape
+        kept = []
         out_BSAD = q_BASD.new_empty(batch, length, heads, v_BGSD.shape[-1])
         for rows in _chunks(length):
-            q_BGCD = _grouped(q_BASD[:, :, rows], k_BGSD) * scale
-            p_BGCK = _probabilities(q_BGCD, k_BGSD[:, :, : rows.stop], mask, rows)
-            part_BGCD = p_BGCK @ v_BGSD[:, :, : rows.stop]
-            out_BSAD[:, rows] = _ungrouped(part_BGCD, heads).transpose(1, 2)
+            p_MCK = _probabilities(_rows(q_BGRSD, rows), k_MSD[:, : rows.stop], mask, rows, groups)
+            part_MCD = torch.bmm(p_MCK, v_MSD[:, : rows.stop])
+            out_BSAD[:, rows] = _heads(part_MCD, batch, heads).transpose(1, 2)
+            if length <= KEEP_TOKENS and any(ctx.needs_input_grad):
+                kept.append(p_MCK)
+        ctx.save_for_backward(q_BGRSD, k_MSD, v_MSD, mask, *kept)
+        ctx.scale = scale
         return out_BSAD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BSAD: Tensor) -> tuple[Tensor | None, ...]:
-        q_BASD, k_BGSD, v_BGSD, mask = ctx.saved_tensors
-        heads, length = q_BASD.shape[1:3]
-        dq_BASD = torch.empty_like(q_BASD)
-        dk_BGSD, dv_BGSD = torch.zeros_like(k_BGSD), torch.zeros_like(v_BGSD)
-        for rows in _chunks(length):
-            k_BGKD, v_BGKD = k_BGSD[:, :, : rows.stop], v_BGSD[:, :, : rows.stop]
-            q_BGCD = _grouped(q_BASD[:, :, rows], k_BGSD) * ctx.scale
-            grad_BGCD = _grouped(grad_BSAD[:, rows].transpose(1, 2), k_BGSD)
-            p_BGCK = _probabilities(q_BGCD, k_BGKD, mask, rows)
-            dv_BGSD[:, :, : rows.stop] += p_BGCK.transpose(2, 3) @ grad_BGCD
-            dp_BGCK = grad_BGCD @ v_BGKD.transpose(2, 3)
-            ds_BGCK = torch._softmax_backward_data(dp_BGCK, p_BGCK, -1, p_BGCK.dtype)
-            dk_BGSD[:, :, : rows.stop] += ds_BGCK.transpose(2, 3) @ q_BGCD
-            dq_BASD[:, :, rows] = _ungrouped(ds_BGCK @ k_BGKD, heads)
-        return dq_BASD.mul_(ctx.scale), dk_BGSD, dv_BGSD, None, None
+        q_BGRSD, k_MSD, v_MSD, mask, *kept = ctx.saved_tensors
+        batch, length, heads, _ = grad_BSAD.shape
+        groups = q_BGRSD.shape[1]
+        grad_BGRSD = _grouped(grad_BSAD.transpose(1, 2), groups)
+        dq_BSAD = grad_BSAD.new_empty(batch, length, heads, k_MSD.shape[-1])
+        dk_MSD, dv_MSD = torch.zeros_like(k_MSD), torch.zeros_like(v_MSD)
+        for number, rows in enumerate(_chunks(length)):
+            q_MCD, grad_MCD = _rows(q_BGRSD, rows), _rows(grad_BGRSD, rows)
+            k_MKD, v_MKD = k_MSD[:, : rows.stop], v_MSD[:, : rows.stop]
+            p_MCK = kept[number] if kept else _probabilities(q_MCD, k_MKD, mask, rows, groups)
+            dv_MSD[:, : rows.stop].baddbmm_(p_MCK.transpose(1, 2), grad_MCD)
+            dp_MCK = torch.bmm(grad_MCD, v_MKD.transpose(1, 2))
+            ds_MCK = torch._softmax_backward_data(dp_MCK, p_MCK, -1, p_MCK.dtype)
+            dk_MSD[:, : rows.stop].baddbmm_(ds_MCK.transpose(1, 2), q_MCD)
+            dq_BSAD[:, rows] = _heads(torch.bmm(ds_MCK, k_MKD), batch, heads).transpose(1, 2)
+        dk_BGSD, dv_BGSD = (part_MSD.unflatten(0, (batch, groups)) for part_MSD in (dk_MSD, dv_MSD))
+        return dq_BSAD.mul_(ctx.scale).transpose(1, 2), dk_BGSD, dv_BGSD, None, None
 
 
 def _chunks(length: int) -> list[slice]:
     return [slice(start, min(start + CHUNK_ROWS, length)) for start in range(0, length, CHUNK_ROWS)]
 
 
-def _grouped(rows_BAcD: Tensor, k_BGSD: Tensor) -> Tensor:
-    """The query heads that share a key-value head become rows of one matrix: [B, G, A/G · c, D]."""
-    return rows_BAcD.unflatten(1, (k_BGSD.shape[1], -1)).flatten(2, 3)
+def _grouped(x_BASD: Tensor, groups: int) -> Tensor:
+    return x_BASD.unflatten(1, (groups, -1))
 
 
-def _ungrouped(rows_BGCD: Tensor, heads: int) -> Tensor:
-    return rows_BGCD.unflatten(2, (heads // rows_BGCD.shape[1], -1)).flatten(1, 2)
+def _rows(x_BGRSD: Tensor, rows: slice) -> Tensor:
+    """These tokens of all query heads that share a key-value head, as the rows of one matrix, [M, C, D]."""
+    return x_BGRSD[:, :, :, rows].flatten(2, 3).flatten(0, 1)
 
 
-def _probabilities(q_BGCD: Tensor, k_BGKD: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
-    """softmax of the scores of these rows, [B, G, C, K], in the dtype of q."""
-    scores_BGCK = q_BGCD @ k_BGKD.transpose(2, 3)
-    # Not −inf: a row without any key (padding) must not become NaN.
-    lowest = torch.finfo(scores_BGCK.dtype).min
-    scores_BGRcK = scores_BGCK.unflatten(2, (-1, rows.stop - rows.start))
+def _heads(x_MCD: Tensor, batch: int, heads: int) -> Tensor:
+    """The way back, [B, A, c, D]."""
+    return x_MCD.view(batch, heads, -1, x_MCD.shape[-1])
+
+
+def _probabilities(q_MCD: Tensor, k_MKD: Tensor, mask: Tensor | None, rows: slice, groups: int) -> Tensor:
+    """softmax of the scores of these rows, [M, C, K], in the dtype of q."""
+    scores_MCK = torch.bmm(q_MCD, k_MKD.transpose(1, 2))
+    tokens = rows.stop - rows.start
+    lowest = torch.finfo(scores_MCK.dtype).min  # not −inf: a row without any key (padding) must not become NaN
+    scores_BGRcK = scores_MCK.view(-1, groups, scores_MCK.shape[1] // tokens, tokens, rows.stop)
     if mask is None:
-        later_cc = torch.ones(rows.stop - rows.start, rows.stop - rows.start, dtype=torch.bool).triu_(1)
-        scores_BGRcK[..., rows.start :].masked_fill_(later_cc, lowest)
+        # Adding costs a quarter of filling by a mask.
+        scores_BGRcK[..., rows.start :].add_(scores_MCK.new_full((tokens, tokens), lowest).triu_(1))
     else:
         scores_BGRcK.masked_fill_(~mask[:, :, None, rows, : rows.stop], lowest)
-    return torch.softmax(scores_BGCK, dim=-1)
+    return torch.softmax(scores_MCK, dim=-1)
 
 
 def _forward(

@@ -112,7 +112,7 @@ def distill(
         validation: text for `settings.evaluate_every`.
         dtype: of the computation (default: bfloat16 where the machine has it). Masters and Adam's state are float32.
         gradient_checkpointing: compute each layer again in the backward pass: a quarter more work, far less memory.
-        compiled: pass the student through torch.compile.
+        compiled: pass the layers of both models through torch.compile.
     Raises:
         BadData: text shorter than a step, or a cache of something else. BadOutput: an unfinished run with other
         settings lies beside `to`. TrainingDiverged: no finite loss at an eighth of the learning rate either. Stopped.
@@ -138,7 +138,8 @@ def distill(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if compiled:
-        model.base_model.compile()
+        for each in [model, source.model] if isinstance(source, Live) else [model]:
+            hardware.compile_layers(each)
 
     # 2. Where an earlier, killed run left off.
     if parallel.has_state(folder):
@@ -379,10 +380,10 @@ def _fitting(
     need = memory.training(
         teacher if isinstance(teacher, Checkpoint) else None,
         student,
-        tokens=schedule.block_size,
+        block_size=schedule.block_size,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         ranks=parallel.world().size,
     )
-    found = memory.fitting_micro_batch(need, block_size=schedule.block_size, batch_blocks=schedule.batch_blocks)
+    found = memory.fitting_micro_batch(need, batch_blocks=schedule.batch_blocks)
     return parallel.first_says(found)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunus import attention
+from prunus import hardware
 from prunus.errors import BadCheckpoint, BadData
 from prunus.fused import head_of
 from prunus.text import Blocks, targets
@@ -136,7 +136,7 @@ def speed(
     alone runs them, which is what a user of the checkpoint will see.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with attention.uninstalled(models.values()), evaluation_mode(models.values()), torch.inference_mode():
+    with hardware.plain(models.values()), evaluation_mode(models.values()), torch.inference_mode():
         for model in models.values():
             _prefill_and_decode_seconds(model, prompt_tokens, new_tokens=2)
         for _ in range(repeats):

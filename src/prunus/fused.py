@@ -195,8 +195,9 @@ class _Fused(torch.autograd.Function):
         rows_of = _Rows(student, targets, loss, _allocate(min(ROW_TOKENS, chunk_tokens), shared, like=hidden_ND))
         G_CV = hidden_ND.new_empty(chunk_tokens if any(needs) else 0, shared)
         dH_ND = torch.empty_like(hidden_ND) if needs[0] else None
-        dW_dtype = weight_VD.dtype if tokens <= chunk_tokens else torch.float32  # fp32 to sum over chunks
-        dW_VD = torch.zeros_like(weight_VD, dtype=dW_dtype) if needs[1] else None
+        # One chunk writes its dW; several add to it in float32.
+        alone = tokens <= chunk_tokens and weight_VD.dtype == dtype
+        dW_VD = torch.zeros_like(weight_VD, dtype=dtype if alone else torch.float32) if needs[1] else None
         db_V = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if needs[2] else None
         loss_N = hidden_ND.new_empty(tokens, dtype=torch.float32)
         factor = loss.temperature * student.scale / num_tokens
@@ -211,12 +212,14 @@ class _Fused(torch.autograd.Function):
                 db_V[:shared] += G_CV[: end - begin].sum(0, dtype=torch.float32)
             if dH_ND is not None:
                 # As Wᵀ Gᵀ: with the short side first, CPUs' GEMM is a quarter faster.
-                dH_ND[begin:end] = (student.weight_VD.T @ G_CV[: end - begin].T).T
-            if dW_VD is not None:
+                dH_ND[begin:end] = _product(student.weight_VD.T, G_CV[: end - begin].T, factor).T
+            if dW_VD is not None and alone:
+                _product(G_CV[: end - begin].T, hidden_ND[begin:end], factor, out=dW_VD[:shared])
+            elif dW_VD is not None:
                 _add_weight_gradient(dW_VD[:shared], G_CV[: end - begin], hidden_ND[begin:end], factor)
 
         ctx.save_for_backward(
-            None if dH_ND is None else dH_ND.mul_(factor),
+            dH_ND,
             None if dW_VD is None else dW_VD.to(weight_VD.dtype),
             None if db_V is None or bias_V is None else db_V.mul_(factor).to(bias_V.dtype),
         )
@@ -366,6 +369,12 @@ def _finish_logits(logits: _Logits, head: Head, temperature: float, *, out: Tens
         out.div_(head.softcap).tanh_().mul_(head.softcap)
     if temperature != 1:
         out.div_(temperature)
+
+
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """factor · a b, rounded once."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    return torch.addmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
 def _add_weight_gradient(dW_VD: Tensor, G_CV: Tensor, hidden_CD: Tensor, factor: float) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import time
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from prunus import attention
+from prunus import attention, norms
 
 MATMUL_SIZE = 1024
 
@@ -45,10 +48,27 @@ def keep_freed_memory() -> None:
 
 
 def place(model: Model, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
-    """`model.to(...)` (transformers' own hides its types), attending in the way that is fastest there."""
+    """`model.to(...)` (transformers' own hides its types), with the attention and the norms that are fastest there."""
     torch.nn.Module.to(model, device=device, dtype=dtype)
     attention.install(model)
+    norms.install(model)
     return model
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile layer by layer: they share one compilation, which a whole model would not."""
+    layers = model.base_model.layers
+    assert isinstance(layers, torch.nn.ModuleList)
+    for layer in layers:
+        layer.compile()
+
+
+@contextlib.contextmanager
+def plain(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Inside, these models run as transformers alone would run them."""
+    models = list(models)
+    with attention.uninstalled(models), norms.uninstalled(models):
+        yield
 
 
 def matmul_float32(a: Tensor, b: Tensor) -> Tensor:

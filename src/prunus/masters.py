@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,7 +17,9 @@ class Masters:
     """A model's trained weights in float32, which is what the optimizer sees.
 
     Gradients of the micro-batches are added up in float32, the update happens in float32, and the model gets rounded
-    copies. All memory of the optimizer is taken here, so that a step cannot run out of it later than the first.
+    copies. The backward pass hands each gradient over as soon as it is there: it is still in the cache, and the short
+    ones are never all in memory. All memory of the optimizer is taken here, so that a step cannot run out of it later
+    than the first.
 
     Attributes:
         values: name → float32 weight.
@@ -36,19 +40,15 @@ class Masters:
             value.grad = torch.zeros_like(value)
         hardware.place(model, dtype=dtype)
         self.copies = {name: copy for name, copy in model.named_parameters() if name in values}
-        return values
-
-    def collect(self) -> None:
-        """Move the model's gradients onto the masters."""
+        self.stale = set(values)
         for name, copy in self.copies.items():
-            gradient = self.values[name].grad
-            assert gradient is not None
-            if copy.grad is not None:
-                gradient.add_(copy.grad)
-                copy.grad = None
+            hand_over = partial(_hand_over, to=values[name], name=name, stale=self.stale)
+            copy.register_post_accumulate_grad_hook(hand_over)
+        return values
 
     def clip(self, most: float) -> float:
         """Scale the gradients down to a norm of at most `most`; returns what the norm was."""
+        self._finish_gradients()
         return float(parallel.whole(torch.nn.utils.clip_grad_norm_(self.values.values(), most)))
 
     def step(self, rate: float) -> None:
@@ -59,7 +59,16 @@ class Masters:
         self.publish()
 
     def forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=False)
+        """Let the next gradients replace these, which saves a pass over zeros."""
+        self.stale.update(self.values)
+
+    def _finish_gradients(self) -> None:
+        """A weight that had no part in this step has no gradient, not that of the step before."""
+        for name in self.stale:
+            gradient = self.values[name].grad
+            assert gradient is not None
+            gradient.zero_()
+        self.stale.clear()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -87,14 +96,26 @@ class ShardedMasters(Masters):
     def _prepare(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
         return _trained(model)
 
-    def collect(self) -> None:
+    def publish(self) -> None:
         pass
 
-    def publish(self) -> None:
+    def _finish_gradients(self) -> None:
         pass
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _hand_over(copy: Tensor, *, to: Tensor, name: str, stale: set[str]) -> None:
+    """Move the gradient of a rounded copy to its master: in place of a stale one, or onto it."""
+    assert to.grad is not None
+    assert copy.grad is not None
+    if name in stale:
+        to.grad.copy_(copy.grad)
+        stale.discard(name)
+    else:
+        to.grad.add_(copy.grad)
+    copy.grad = None
 
 
 def _trained(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from prunus import fused, hardware
+from prunus import attention, fused, hardware
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.errors import DoesNotFit
@@ -34,8 +34,9 @@ class Training:
     Attributes:
         family, student: of the model that is trained.
         parameters, teacher_parameters: of the whole models.
-        tokens: of a micro-batch.
+        block_size: tokens of a block.
         itemsize: bytes of a value in the type that is computed in.
+        blocks: of a micro-batch.
         live_teacher: it is in memory, rather than in a cache.
         gradient_checkpointing: only the layers' inputs are kept for the backward pass.
         ranks: over which everything is sharded.
@@ -45,29 +46,34 @@ class Training:
     student: Architecture
     parameters: int
     teacher_parameters: int
-    tokens: int
+    block_size: int
     itemsize: int
+    blocks: int = 1
     live_teacher: bool = True
     gradient_checkpointing: bool = False
     ranks: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.blocks * self.block_size
 
 
 def peak(training: Training) -> dict[str, int]:
     """Bytes of each part at the moment when most is in use; their sum is the peak beyond what the process holds now.
 
-    That is either the end of the forward pass, with all activations and the chunk of logits, or the end of the backward
-    pass, with all gradients in the short type.
+    That is the end of the forward pass, with all activations and the chunk of logits: the backward pass hands each
+    gradient over to the masters as soon as it is there.
     """
     here, ranks, holes = training, training.ranks, HOLES[hardware.device().type]
     short = here.itemsize * here.parameters if ranks == 1 else _gathered(here)
-    forward = {"activations": int(holes * activations(here)), "head": int(holes * head(here))}
-    backward = {"gradients in the short type": int(holes * short)}
     return {
         "teacher": here.live_teacher * here.itemsize * here.teacher_parameters // ranks,
         # In float32 the student is its own master.
         "student": short if here.itemsize < 4 or ranks > 1 else 0,
         "masters, gradients, Adam": 16 * here.parameters // ranks,
-        **max(forward, backward, key=lambda parts: sum(parts.values())),
+        "activations": int(holes * activations(here)),
+        "head": int(holes * head(here)),
     }
 
 
@@ -75,17 +81,23 @@ def activations(training: Training) -> int:
     """What a layer keeps for its backward pass, in every layer; or with checkpointing in one, and all inputs."""
     sizes, b = training.student, training.itemsize
     family = training.family
-    # A norm keeps its input in float32, what it makes of it before its weight (Gemma's 1 + w is in float32), and after.
-    norm = 4 + (4 if family.norm_offset else b) + b
-    widths = [sizes.hidden for branch in family.branches for _ in range(2 if branch.post_norm else 1)]
+    # A norm keeps its input, and what reads it the output; only a sum reads what a post-norm makes.
+    norms = b * sum(3 if branch.post_norm else 2 for branch in family.branches) * sizes.hidden
     if any("q_norm" in name for name in family.layer_weights):
-        widths += [sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim]
+        norms += b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
     # Attention keeps q, k, v and its output; the gated FFN gate, act(gate), up and their product.
-    attention = 2 * b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    qkv = 2 * b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
     ffn = 4 * b * sizes.ffn
-    layer = norm * sum(widths) + attention + ffn
+    layer = norms + qkv + ffn + b * sizes.heads * _kept_keys(training)
     kept = layer + sizes.layers * b * sizes.hidden if training.gradient_checkpointing else sizes.layers * layer
     return training.tokens * kept
+
+
+def _kept_keys(training: Training) -> int:
+    """Probabilities that our attention keeps, per token and head."""
+    if hardware.device().type != "cpu" or training.itemsize != 2 or training.block_size > attention.KEEP_TOKENS:
+        return 0
+    return (training.block_size + min(training.block_size, attention.CHUNK_ROWS)) // 2
 
 
 def head(training: Training) -> int:
@@ -108,8 +120,9 @@ def training(
     teacher: Checkpoint | None,
     student: Checkpoint,
     *,
-    tokens: int,
+    block_size: int,
     dtype: torch.dtype,
+    blocks: int = 1,
     gradient_checkpointing: bool = False,
     ranks: int = 1,
 ) -> Training:
@@ -119,7 +132,8 @@ def training(
         student=student.architecture,
         parameters=student.parameters,
         teacher_parameters=teacher.parameters if teacher else 0,
-        tokens=tokens,
+        block_size=block_size,
+        blocks=blocks,
         itemsize=dtype.itemsize,
         live_teacher=teacher is not None,
         gradient_checkpointing=gradient_checkpointing,
@@ -135,19 +149,19 @@ def available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def fitting_micro_batch(need: Training, *, block_size: int, batch_blocks: int, free: int | None = None) -> int:
+def fitting_micro_batch(need: Training, *, batch_blocks: int, free: int | None = None) -> int:
     """The largest power of two of blocks whose peak fits, at most what is worth it and what a rank's step holds.
 
     Raises:
         DoesNotFit: not even one block does; says what would.
     """
     free = int(ROOM * (available() if free is None else free))
-    most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[hardware.device().type] // block_size))
+    most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[hardware.device().type] // need.block_size))
     sizes = [2**power for power in reversed(range(most.bit_length()))]
-    fits = (size for size in sizes if total(dataclasses.replace(need, tokens=size * block_size)) <= free)
+    fits = (size for size in sizes if total(dataclasses.replace(need, blocks=size)) <= free)
     found = next(fits, None)
     if found is None:
-        raise DoesNotFit(_advice(dataclasses.replace(need, tokens=block_size), free))
+        raise DoesNotFit(_advice(dataclasses.replace(need, blocks=1), free))
     return found
 
 

@@ -92,22 +92,20 @@ def _memory(
     Raises:
         DoesNotFit: says what would.
     """
-    options, block_size = recipe.distill, recipe.data.block_size
+    options = recipe.distill
     need = memory.Training(
         family=teacher.family,
         student=target,
         parameters=_parameters(teacher, target),
         teacher_parameters=teacher.parameters,
-        tokens=block_size,
+        block_size=recipe.data.block_size,
         itemsize=hardware.compute_dtype().itemsize,
         live_teacher=options.teacher_cache is None,
         gradient_checkpointing=options.gradient_checkpointing,
         ranks=machine.gpus,
     )
-    blocks = options.micro_blocks or memory.fitting_micro_batch(
-        need, block_size=block_size, batch_blocks=batch_blocks, free=machine.memory
-    )
-    return {"micro_blocks": blocks, **memory.peak(replace(need, tokens=blocks * block_size))}
+    blocks = options.micro_blocks or memory.fitting_micro_batch(need, batch_blocks=batch_blocks, free=machine.memory)
+    return {"micro_blocks": blocks, **memory.peak(replace(need, blocks=blocks))}
 
 
 def seconds(

@@ -93,7 +93,6 @@ def accumulate(losses: Losses, masters: Masters, weight: float, step: int, sched
             sums["hidden_loss"] += float(hidden_loss.detach())
             loss = loss + weight * hidden_loss
         loss.backward()
-        masters.collect()
     return parallel.total(sums)
 
 
