@@ -1,15 +1,19 @@
 """Forward KL of the output head: prunus.fused beside plain torch, at the sizes of SmolLM2-135M.
 
-    python benchmarks/head_loss.py
+    python benchmarks/head_loss.py [--memory]
 
 Everything is measured in one run, the tries interleaved, because a shared machine drifts by a factor of two. "floor"
 is the four GEMMs that no method avoids (two logits, dH, dW) in bf16; a time of 1.5 is 1.5 times that. "plain torch" is
 what a 20-line distillation loop does: bf16 logits, .float(), log_softmax, autograd; its fp32 twin is `losses`. Times
 are CPU time of one thread, so that neighbours on the machine count less. Linux only.
+
+--memory: growth of the resident memory instead, at the vocabulary of Gemma 3 and 4096 tokens. What plain torch needs
+there (some 20 GB) is a straight line through its growth at two smaller numbers of tokens.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import statistics
 import time
@@ -25,12 +29,14 @@ from prunus import fused, hardware, losses
 TOKENS, VOCAB, HIDDEN = 1024, 49152, 576
 DISTANCE = 0.1  # of the student from its teacher, relative
 TRIES = 3
+GEMMA = 4096, 262144, 640
+MEASURED_TOKENS = 256, 768
 
 
-def make(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make(tokens: int, vocab: int = VOCAB, width: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student hidden, student head, teacher hidden, teacher head, in bf16."""
     torch.manual_seed(0)
-    teacher_hidden, teacher = torch.randn(tokens, HIDDEN), torch.randn(VOCAB, HIDDEN) * 0.15
+    teacher_hidden, teacher = torch.randn(tokens, width), torch.randn(vocab, width) * 0.15
     hidden = teacher_hidden + DISTANCE * torch.randn_like(teacher_hidden)
     student = teacher + DISTANCE * 0.15 * torch.randn_like(teacher)
     values = [value.bfloat16() for value in (hidden, student, teacher_hidden, teacher)]
@@ -63,10 +69,10 @@ def reference(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: 
 
 def floor(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
     with torch.no_grad():
-        torch.mm(hidden, student.T, out=LOGITS)
-        torch.mm(teacher_hidden, teacher.T, out=LOGITS)
-        torch.mm(LOGITS, student)
-        torch.mm(LOGITS.T, hidden)
+        logits = hidden @ student.T
+        torch.mm(teacher_hidden, teacher.T, out=logits)
+        torch.mm(logits, student)
+        torch.mm(logits.T, hidden)
 
 
 def clear(inputs: tuple[Tensor, ...]) -> None:
@@ -104,10 +110,7 @@ def gradient_error(method: Callable[..., None]) -> float:
     return ((inputs[1].grad.float() - exact[1].grad.float()).norm() / exact[1].grad.float().norm()).item()
 
 
-torch.set_num_threads(1)
-hardware.keep_freed_memory()
-LOGITS = torch.empty(TOKENS, VOCAB, dtype=torch.bfloat16)
-METHODS = {
+METHODS: dict[str, Callable[..., None]] = {
     "floor": floor,
     "prunus.fused": ours,
     "prunus.fused, far student": ours_far,
@@ -115,18 +118,39 @@ METHODS = {
     "plain torch, fp32 logits": reference,
 }
 
-inputs = make(TOKENS)
-memory_MiB = {name: growth_MiB(method, inputs) for name, method in METHODS.items()}
-times: dict[str, list[float]] = {name: [] for name in METHODS}
-for _ in range(TRIES):
-    for name, method in METHODS.items():
-        times[name].append(seconds(method, inputs))
-typical = {name: statistics.median(tries) for name, tries in times.items()}
 
-tera = 8 * HIDDEN * VOCAB * TOKENS / typical["floor"] / 1e12
-print(f"{TOKENS} tokens, V {VOCAB}, H {HIDDEN}, 1 thread, floor {tera:.2f} TFLOP/s")
-print(f"{'':26}{'time / floor':>14}{'floor share':>14}{'peak memory':>14}{'dW error':>10}")
-for name, method in METHODS.items():
-    ratio = typical[name] / typical["floor"]
-    error = "" if method in (floor, reference) else f"{gradient_error(method):.2%}"
-    print(f"{name:26}{ratio:14.2f}{1 / ratio:14.0%}{memory_MiB[name]:10.0f} MiB{error:>10}")
+def compare_times() -> None:
+    hardware.keep_freed_memory()
+    inputs = make(TOKENS)
+    memory_MiB = {name: growth_MiB(method, inputs) for name, method in METHODS.items()}
+    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    for _ in range(TRIES):
+        for name, method in METHODS.items():
+            times[name].append(seconds(method, inputs))
+    typical = {name: statistics.median(tries) for name, tries in times.items()}
+    tera = 8 * HIDDEN * VOCAB * TOKENS / typical["floor"] / 1e12
+    print(f"{TOKENS} tokens, V {VOCAB}, H {HIDDEN}, 1 thread, floor {tera:.2f} TFLOP/s")
+    print(f"{'':26}{'time / floor':>14}{'floor share':>14}{'peak memory':>14}{'dW error':>10}")
+    for name, method in METHODS.items():
+        ratio = typical[name] / typical["floor"]
+        error = "" if method in (floor, reference) else f"{gradient_error(method):.2%}"
+        print(f"{name:26}{ratio:14.2f}{1 / ratio:14.0%}{memory_MiB[name]:10.0f} MiB{error:>10}")
+
+
+def compare_memory() -> None:
+    tokens, vocab, width = GEMMA
+    small, larger = (growth_MiB(plain_torch, make(part, vocab, width)) for part in MEASURED_TOKENS)
+    per_token = (larger - small) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0])
+    plain = small + per_token * (tokens - MEASURED_TOKENS[0])
+    mine = growth_MiB(ours, make(tokens, vocab, width))
+    print(f"{tokens} tokens, V {vocab}, H {width}, bf16, gradients included")
+    print(f"plain torch  {plain:8.0f} MiB ({small:.0f} and {larger:.0f} MiB at {MEASURED_TOKENS} tokens)")
+    print(f"prunus.fused {mine:8.0f} MiB   {mine / plain:.1%} of it (limit 25 %)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--memory", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1 if not options.memory else torch.get_num_threads())
+    (compare_memory if options.memory else compare_times)()

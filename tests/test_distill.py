@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from conftest import tiny_model
 from transformers import AutoTokenizer
 
 import prunus as pr
@@ -173,10 +174,42 @@ def test_a_student_that_keeps_everything_has_no_hidden_loss(setting, tmp_path):
 
 def test_hidden_loss_needs_a_cut_that_is_known(setting, tmp_path):
     teacher = setting[0]
-    with pytest.raises(BadData, match=r"prunus\.json"):
+    with pytest.raises(BadData, match="the pairs of layers"):
         trained(setting, tmp_path / "a", settings=dataclasses.replace(FAST, hidden_loss="mse"))
     with pytest.raises(BadCheckpoint, match=r"no prunus\.json"):
         hidden.pairs_of_cut(teacher, teacher, count=2)
+
+
+def test_a_foreign_student_learns_through_projectors(setting, tmp_path):
+    """Narrower and shallower than its teacher, and no cut of it."""
+    teacher, _, text = setting
+    student = tiny_model("llama", tmp_path / "student", hidden_size=36, num_hidden_layers=3)
+    pairs = hidden.pairs(student, teacher, count=2)
+    assert pairs.layers == ((1, 2), (2, 3))  # of 3 and of 4
+    settings = dataclasses.replace(FAST, tokens=6400, hidden_loss="mse")
+    options = {"settings": settings, "pairs": pairs}
+    written = trained((teacher, student, text), tmp_path / "a", **options)
+    losses = [point["hidden_loss"] for point in json.loads((written.folder / "training.json").read_text())["curve"]]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert {name for name, _ in written.tensors()} == {name for name, _ in student.tensors()}
+
+    def stop(at):
+        if at.step == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained((teacher, student, text), tmp_path / "b", **options, checkpoint_seconds=0, progress=stop)
+    resumed = trained((teacher, student, text), tmp_path / "b", **options)
+    assert torch.equal(weights(resumed), weights(written))
+
+
+def test_a_projector_starts_as_the_best_fit(setting, tmp_path):
+    """Between a model and itself that is the identity."""
+    teacher, _, text = setting
+    settings = dataclasses.replace(FAST, hidden_loss="mse", learning_rate=1e-12)
+    pairs = hidden.pairs(teacher, teacher, count=2)
+    written = trained((teacher, teacher, text), tmp_path / "a", settings=settings, pairs=pairs)
+    assert json.loads((written.folder / "training.json").read_text())["curve"][0]["hidden_loss"] < 0.01
 
 
 def test_held_out_loss_is_measured_and_a_plateau_ends_the_training(setting, tmp_path):

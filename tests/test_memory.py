@@ -75,25 +75,30 @@ def test_parts_of_a_large_training(checkpoint):
     )
 
 
-def test_the_largest_micro_batch_that_fits(checkpoint):
-    one = memory.total(need(checkpoint, block_size=32))
-    four = memory.total(need(checkpoint, block_size=32, blocks=4))
-    here, options = need(checkpoint, block_size=32), {"batch_blocks": 4}
-    assert memory.fitting_micro_batch(here, **options, free=math.ceil(four / memory.ROOM) + 1) == 4
-    assert memory.fitting_micro_batch(here, **options, free=math.ceil(four / memory.ROOM) - 100) == 2
-    assert memory.fitting_micro_batch(here, **options, free=math.ceil(one / memory.ROOM) + 1) == 1
-    assert memory.fitting_micro_batch(here, **options, free=100 * GB) == 4  # no more than a step holds
+def test_the_largest_micro_batch_that_fits_and_its_chunk(checkpoint):
+    here = need(checkpoint, block_size=512)
+
+    def found(blocks, chunk_tokens, spare):
+        wanted = dataclasses.replace(here, blocks=blocks, chunk_tokens=chunk_tokens)
+        room = memory.fitting(here, batch_blocks=2, free=math.ceil(memory.total(wanted) / memory.ROOM) + spare)
+        return room.blocks, room.chunk_tokens
+
+    assert found(2, 1024, 1) == (2, 1024)
+    assert found(2, 1024, -100) == (2, 256)
+    assert found(2, 64, -100) == (1, 1024)
+    assert found(1, 64, 1) == (1, 64)
+    assert found(2, 1024, 100 * GB) == (2, 1024)  # no more than a step holds
 
 
 def test_what_would_fit_is_said(checkpoint):
     options = {"batch_blocks": 1024, "free": 70 * GB}
     with pytest.raises(DoesNotFit, match=r"needs .* but 63.0 GB are free. This would fit: torchrun with 4 GPUs"):
-        memory.fitting_micro_batch(large(checkpoint), **options)
+        memory.fitting(large(checkpoint), **options)
     small = large(checkpoint, parameters=3_000_000_000, teacher_parameters=8_000_000_000)
     with pytest.raises(DoesNotFit, match=r"gradient_checkpointing=true [(]"):
-        memory.fitting_micro_batch(small, **(options | {"free": 100 * GB}))
+        memory.fitting(small, **(options | {"free": 100 * GB}))
     with pytest.raises(DoesNotFit, match="Use shorter blocks or a smaller student"):
-        memory.fitting_micro_batch(large(checkpoint), **(options | {"free": GB}))
+        memory.fitting(large(checkpoint), **(options | {"free": GB}))
 
 
 def test_a_training_that_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):

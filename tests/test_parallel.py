@@ -85,7 +85,8 @@ def test_one_rank_goes_on_with_two_and_two_with_one(setting, alone, tmp_path):
 
 
 def test_two_ranks_with_hidden_loss_cross_entropy_and_evaluation(setting, tmp_path):
-    settings = {"hidden_loss": "mse", "hidden_layers": 2, "cross_entropy_share": 0.2, "evaluate_every": 4}
+    settings = {"hidden_loss": "mse", "hidden_layers": 2, "cross_entropy_share": 0.2, "evaluate_every": 4,
+                "on_policy_share": 0.25}  # fmt: skip
     for ranks in (1, 2):
         trained(ranks, setting, tmp_path / str(ranks), settings=settings)
     assert_same(tmp_path / "2", tmp_path / "1")

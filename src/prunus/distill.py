@@ -27,7 +27,7 @@ from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
 from prunus.masters import Masters, ShardedMasters
 from prunus.schedule import Plan, Settings, learning_rate, plan
-from prunus.step import Losses, accumulate, hidden_weight
+from prunus.step import STUDENT, Losses, accumulate, hidden_weight
 from prunus.teacher import Cache, Live, Teacher, Text
 from prunus.text import Blocks
 
@@ -65,7 +65,7 @@ class State:
 
     Attributes:
         key: names models, text and settings.
-        micro_blocks: chosen at the first start, so that a run that goes on elsewhere rounds alike.
+        micro_blocks, chunk_tokens: chosen at the first start, so that a run that goes on elsewhere rounds alike.
         curve: one point per step: loss, learning_rate, norm, and where they apply hidden_loss, heldout_loss, skipped.
         events: what happened besides plain steps.
         rate_factor: halved by each roll-back.
@@ -74,6 +74,7 @@ class State:
 
     key: str
     micro_blocks: int
+    chunk_tokens: int
     curve: list[dict[str, Any]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     rate_factor: float = 1.0
@@ -125,13 +126,13 @@ def distill(
     key = _key(student, teacher, blocks, settings, random_init, dtype, pairs, validation)
     folder = training_state(to)
     state = _earlier(folder, key) or State(
-        key, settings.micro_blocks or _fitting(student, teacher, schedule, dtype, gradient_checkpointing)
+        key, *_fitting(student, teacher, settings, schedule, dtype, gradient_checkpointing)
     )
 
     # 1. The teacher, and a student in `dtype` with float32 masters.
     source = _opened(teacher, dtype, device)
     model = _start(student, random_init, settings.seed, device)
-    losses = Losses(model, source, blocks, settings, pairs, state.micro_blocks)
+    losses = Losses(model, source, blocks, settings, pairs, state.micro_blocks, state.chunk_tokens)
     masters = _masters(losses, dtype)
     if gradient_checkpointing:
         # transformers renamed it in 5.2x; the old name goes in version 6.
@@ -182,7 +183,7 @@ def distill(
 
     # 4. The result.
     record = training_record(schedule, state, state.seconds + time.monotonic() - started)
-    tensors = masters.weights(student.dtype)
+    tensors = masters.weights(student.dtype, prefix=STUDENT)
 
     def write() -> None:
         save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
@@ -251,9 +252,10 @@ def _check(
             )
     if settings.hidden_loss is not None and (pairs is None or not isinstance(teacher, Checkpoint)):
         raise BadData(
-            "the hidden-state loss needs the teacher itself, and a student that was cut out of it: a folder that "
-            "prunus wrote, whose prunus.json says what was kept"
+            "the hidden-state loss needs the teacher itself, and the pairs of layers that it compares (hidden.pairs)"
         )
+    if settings.on_policy_share and not isinstance(teacher, Checkpoint):
+        raise BadData("on_policy_share needs the teacher itself: a cache knows nothing of what the student will write")
     if settings.evaluate_every and validation is None:
         raise BadData("evaluate_every is set, but there is no validation text")
 
@@ -271,9 +273,9 @@ def _opened(teacher: Checkpoint | Cache | None, dtype: torch.dtype, device: torc
 def _masters(losses: Losses, dtype: torch.dtype) -> Masters:
     decay = losses.settings.weight_decay
     if not parallel.world().several:
-        return Masters(losses.student, dtype, weight_decay=decay)
+        return Masters(losses, dtype, weight_decay=decay)
     parallel.shard(losses, losses.student, dtype)
-    return ShardedMasters(losses.student, dtype, weight_decay=decay)
+    return ShardedMasters(losses, dtype, weight_decay=decay)
 
 
 def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.device) -> PreTrainedModel:
@@ -372,11 +374,12 @@ def _earlier(folder: Path, key: str) -> State | None:
 def _fitting(
     student: Checkpoint,
     teacher: Checkpoint | Cache | None,
+    settings: Settings,
     schedule: Plan,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
-) -> int:
-    """Blocks of a micro-batch. Raises DoesNotFit before anything is loaded."""
+) -> tuple[int, int]:
+    """Blocks of a micro-batch and tokens of a chunk of the loss. Raises DoesNotFit before anything is loaded."""
     need = memory.training(
         teacher if isinstance(teacher, Checkpoint) else None,
         student,
@@ -385,5 +388,7 @@ def _fitting(
         gradient_checkpointing=gradient_checkpointing,
         ranks=parallel.world().size,
     )
-    found = memory.fitting_micro_batch(need, batch_blocks=schedule.batch_blocks)
-    return parallel.first_says(found)
+    if settings.micro_blocks:
+        return settings.micro_blocks, need.chunk_tokens
+    found = memory.fitting(need, batch_blocks=schedule.batch_blocks)
+    return parallel.first_says((found.blocks, found.chunk_tokens))

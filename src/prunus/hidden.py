@@ -1,7 +1,8 @@
-"""The hidden-state loss: a student's residual stream beside its teacher's, where a cut says which parts correspond.
+"""The hidden-state loss: a student's residual stream beside its teacher's.
 
 A pruned student needs no projector: its channels are some of the teacher's, and behind each of its layers its stream
-should be what the teacher's is behind the layer it came from and the dropped ones that followed.
+should be what the teacher's is behind the layer it came from and the dropped ones that followed. Other students get a
+linear map per pair of layers, which starts as the least-squares fit and is trained with them.
 
 Shapes: B blocks, S tokens, H student channels, E teacher channels, N = B·S tokens.
 """
@@ -23,6 +24,10 @@ from prunus.checkpoint import Checkpoint
 from prunus.errors import BadCheckpoint
 from prunus.prune import KEPT_FILE
 from prunus.selection import Kept
+from prunus.teacher import Live
+
+RIDGE = 1e-3
+"""Of the fit of a projector, as a share of the mean diagonal: some thousand tokens do not determine every direction."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Pairs:
 
     Attributes:
         layers: (student layer, teacher layer) whose outputs correspond.
-        channels: the teacher's channels that the student keeps; None where the widths are equal and all are kept.
+        channels: the teacher's channels that the student keeps; None where nothing says which: then a projector leads
+            from the student's to the teacher's.
         scale: of the student's stream beside the teacher's (see `Family.scaled_embedding`).
     """
 
@@ -40,16 +46,28 @@ class Pairs:
     scale: float = 1.0
 
 
-def pairs(kept: Kept, teacher_layers: int, *, count: int, scale: float = 1.0) -> Pairs:
-    """`count` pairs of layers spread evenly over a pruned student, its last among them."""
-    behind = [*[layer - 1 for layer in kept.layers[1:]], teacher_layers - 1]
+def pairs(student: Checkpoint, teacher: Checkpoint, *, count: int) -> Pairs:
+    """`pairs_of_cut` of a student that a cut made, otherwise layers at the same share of the depth, with projectors.
+
+    Raises:
+        BadCheckpoint: as `pairs_of_cut`.
+    """
+    if (student.folder / KEPT_FILE).exists():
+        return pairs_of_cut(student, teacher, count=count)
+    mine, theirs = student.architecture.layers, teacher.architecture.layers
+    behind = [math.ceil((layer + 1) * theirs / mine) - 1 for layer in range(mine)]
+    return Pairs(_spread(behind, count), None)
+
+
+def _spread(behind: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
+    """`count` pairs of layers spread evenly over a student, its last among them."""
     count = min(count, len(behind))
     chosen = sorted({round((place + 1) * len(behind) / count) - 1 for place in range(count)})
-    return Pairs(tuple((layer, behind[layer]) for layer in chosen), torch.tensor(kept.hidden), scale)
+    return tuple((layer, behind[layer]) for layer in chosen)
 
 
 def pairs_of_cut(student: Checkpoint, teacher: Checkpoint, *, count: int) -> Pairs:
-    """`pairs` of a student that Prunus cut out of this teacher, as its folder tells.
+    """Of a student that Prunus cut out of this teacher, as its folder tells.
 
     Raises:
         BadCheckpoint: the folder does not tell, or tells of another teacher.
@@ -59,14 +77,15 @@ def pairs_of_cut(student: Checkpoint, teacher: Checkpoint, *, count: int) -> Pai
         kept = Kept(**record["kept"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(
-            f"{student.folder}: no {KEPT_FILE} that says what was kept of the teacher ({error}). The hidden-state loss "
-            "is for students that prunus cut; train without it."
+            f"{student.folder}: no {KEPT_FILE} that says what was kept of the teacher ({error}); "
+            "cut the student again, or train without the hidden-state loss"
         ) from error
     if record["teacher"] != teacher.fingerprint:
         raise BadCheckpoint(f"{student.folder} was cut out of another teacher; the hidden-state loss needs that one")
     shrunk = teacher.family.scaled_embedding
     scale = math.sqrt(len(kept.hidden) / teacher.architecture.hidden) if shrunk else 1.0
-    return pairs(kept, teacher.architecture.layers, count=count, scale=scale)
+    behind = [*[layer - 1 for layer in kept.layers[1:]], teacher.architecture.layers - 1]
+    return Pairs(_spread(behind, count), torch.tensor(kept.hidden), scale)
 
 
 @contextlib.contextmanager
@@ -83,11 +102,32 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int
         yield found
 
 
+@torch.no_grad()
+def projectors(
+    pairs: Pairs, student: PreTrainedModel, teacher: Live, tokens_BS: Tensor, positions_BS: Tensor
+) -> nn.ModuleList:
+    """For each pair the linear map [H → E] that fits the teacher's states best on these tokens, float32."""
+    layers, others = zip(*pairs.layers, strict=True)
+    with captured(student, layers) as mine, captured(teacher.model, others) as theirs:
+        student.base_model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+        teacher(tokens_BS, positions_BS)
+    maps = nn.ModuleList()
+    for layer, other in pairs.layers:
+        student_NH, teacher_NE = mine[layer].flatten(0, 1).float(), theirs[other].flatten(0, 1).float()
+        gram_HH = student_NH.T @ student_NH
+        gram_HH.diagonal().add_(RIDGE * gram_HH.diagonal().mean())
+        linear = nn.Linear(student_NH.shape[1], teacher_NE.shape[1], bias=False, device=gram_HH.device)
+        linear.weight.copy_(torch.linalg.solve(gram_HH, student_NH.T @ teacher_NE).T)
+        maps.append(linear)
+    return maps
+
+
 def loss(
     kind: str,
     pairs: Pairs,
     student: dict[int, Tensor],
     teacher: dict[int, Tensor],
+    maps: nn.ModuleList | None = None,
     *,
     num_tokens: int,
     mask_N: Tensor,
@@ -97,13 +137,15 @@ def loss(
     Args:
         kind: key of `losses.HIDDEN_LOSSES`.
         student, teacher: layer → its output, [B, S, H] and [B, S, E].
+        maps: `projectors`, where the pairs need them.
         num_tokens, mask_N: as in `losses.divergence`.
     """
     total = torch.zeros((), device=mask_N.device)
-    for mine, theirs in pairs.layers:
-        student_NH = student[mine].flatten(0, 1)[mask_N]
-        teacher_NE = teacher[theirs].flatten(0, 1)[mask_N]
-        channels = pairs.channels
-        teacher_NH = teacher_NE if channels is None else teacher_NE[:, channels.to(teacher_NE.device)]
-        total = total + losses.HIDDEN_LOSSES[kind](student_NH, teacher_NH.float() * pairs.scale).sum()
+    for number, (mine, theirs) in enumerate(pairs.layers):
+        here, there = student[mine].flatten(0, 1)[mask_N], teacher[theirs].flatten(0, 1)[mask_N]
+        if maps is not None:
+            here = maps[number](here)
+        if pairs.channels is not None:
+            there = there[:, pairs.channels.to(there.device)]
+        total = total + losses.HIDDEN_LOSSES[kind](here, there.float() * pairs.scale).sum()
     return total / (len(pairs.layers) * num_tokens)

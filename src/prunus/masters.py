@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from prunus import hardware, parallel
 
@@ -25,14 +24,14 @@ class Masters:
         values: name → float32 weight.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, *, weight_decay: float) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, weight_decay: float) -> None:
         self.values = self._prepare(model.train(), dtype)
         self.optimizer = _adamw(list(self.values.values()), weight_decay)
         for value in self.values.values():
             step = torch.zeros((), device=value.device)
             self.optimizer.state[value] = {"step": step, **{name: torch.zeros_like(value) for name in MOMENTS}}
 
-    def _prepare(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _prepare(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """The model's own float32 weights become the masters; it gets new, rounded ones (or shares them in float32)."""
         values = {name: value.detach().float() for name, value in _trained(model).items()}
         for value in values.values():
@@ -84,16 +83,21 @@ class Masters:
             state |= {f"{key}/{name}": part for key, part in self.optimizer.state[value].items()}
         return state
 
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole weights on the CPU. A collective: every rank must call it."""
-        return {name: parallel.whole(value.detach()).to("cpu", dtype) for name, value in self.values.items()}
+    def weights(self, dtype: torch.dtype, *, prefix: str = "") -> dict[str, Tensor]:
+        """Whole weights on the CPU, of the part whose names begin so, by the rest of their names. A collective: every
+        rank must call it."""
+        return {
+            name.removeprefix(prefix): parallel.whole(value.detach()).to("cpu", dtype)
+            for name, value in self.values.items()
+            if name.startswith(prefix)
+        }
 
 
 class ShardedMasters(Masters):
     """The same where the model is sharded (`parallel.shard`): FSDP keeps the float32 weights, sums the gradients and
     makes the rounded copies itself."""
 
-    def _prepare(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _prepare(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         return _trained(model)
 
     def publish(self) -> None:
@@ -118,7 +122,7 @@ def _hand_over(copy: Tensor, *, to: Tensor, name: str, stale: set[str]) -> None:
     copy.grad = None
 
 
-def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
+def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 

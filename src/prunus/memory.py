@@ -20,6 +20,8 @@ from prunus.families import Family
 
 LARGEST_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a larger micro-batch is not faster."""
+CHUNKS = tuple(fused.CHUNK_TOKENS // parts for parts in (1, 4, 16))
+"""Tokens of a chunk of the loss that are tried: a shorter one is slower, but keeps less of a large vocabulary."""
 ROOM = 0.9
 """Share of the free memory that a plan may fill."""
 HOLES = {"cpu": 1.33, "cuda": 1.05}
@@ -37,6 +39,7 @@ class Training:
         block_size: tokens of a block.
         itemsize: bytes of a value in the type that is computed in.
         blocks: of a micro-batch.
+        chunk_tokens: of the fused loss (see `fused.divergence`).
         live_teacher: it is in memory, rather than in a cache.
         gradient_checkpointing: only the layers' inputs are kept for the backward pass.
         ranks: over which everything is sharded.
@@ -49,6 +52,7 @@ class Training:
     block_size: int
     itemsize: int
     blocks: int = 1
+    chunk_tokens: int = fused.CHUNK_TOKENS
     live_teacher: bool = True
     gradient_checkpointing: bool = False
     ranks: int = 1
@@ -103,7 +107,8 @@ def _kept_keys(training: Training) -> int:
 def head(training: Training) -> int:
     """Buffers of the fused loss: gradients to the logits of a chunk, logits of a row block, and the head's gradient."""
     sizes, b = training.student, training.itemsize
-    chunk, rows = min(training.tokens, fused.CHUNK_TOKENS), min(training.tokens, fused.ROW_TOKENS)
+    chunk = min(training.tokens, training.chunk_tokens)
+    rows = min(chunk, fused.ROW_TOKENS)
     logits = 2 * rows * (2 * b if b < 4 else 4)
     return sizes.vocab * (chunk * b + logits + sizes.hidden * (b if training.tokens <= chunk else 4))
 
@@ -149,19 +154,23 @@ def available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def fitting_micro_batch(need: Training, *, batch_blocks: int, free: int | None = None) -> int:
-    """The largest power of two of blocks whose peak fits, at most what is worth it and what a rank's step holds.
+def fitting(need: Training, *, batch_blocks: int, free: int | None = None) -> Training:
+    """With the largest power of two of blocks in a micro-batch whose peak fits, at most what is worth it and what a
+    rank's step holds, and the largest chunk beside it.
 
     Raises:
-        DoesNotFit: not even one block does; says what would.
+        DoesNotFit: not even one block with the smallest chunk does; says what would.
     """
     free = int(ROOM * (available() if free is None else free))
     most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[hardware.device().type] // need.block_size))
-    sizes = [2**power for power in reversed(range(most.bit_length()))]
-    fits = (size for size in sizes if total(dataclasses.replace(need, blocks=size)) <= free)
-    found = next(fits, None)
+    options = (
+        dataclasses.replace(need, blocks=2**power, chunk_tokens=chunk)
+        for power in reversed(range(most.bit_length()))
+        for chunk in CHUNKS
+    )
+    found = next((option for option in options if total(option) <= free), None)
     if found is None:
-        raise DoesNotFit(_advice(dataclasses.replace(need, blocks=1), free))
+        raise DoesNotFit(_advice(dataclasses.replace(need, blocks=1, chunk_tokens=CHUNKS[-1]), free))
     return found
 
 

@@ -194,7 +194,7 @@ def _distill(run: Run) -> None:
     teacher = run.teacher if options.teacher_cache is None else _teacher_cache(run, options.teacher_cache)
     pairs = None
     if settings.hidden_loss is not None:
-        pairs = hidden.pairs_of_cut(run.pruned, run.teacher, count=settings.hidden_layers)
+        pairs = hidden.pairs(run.pruned, run.teacher, count=settings.hidden_layers)
     starts = {run.path("distill"): False} | ({run.root / BASELINE: True} if run.recipe.baseline else {})
     for to, random_init in starts.items():
         if to.exists():

@@ -104,8 +104,11 @@ def _memory(
         gradient_checkpointing=options.gradient_checkpointing,
         ranks=machine.gpus,
     )
-    blocks = options.micro_blocks or memory.fitting_micro_batch(need, batch_blocks=batch_blocks, free=machine.memory)
-    return {"micro_blocks": blocks, **memory.peak(replace(need, blocks=blocks))}
+    if options.micro_blocks:
+        need = replace(need, blocks=options.micro_blocks)
+    else:
+        need = memory.fitting(need, batch_blocks=batch_blocks, free=machine.memory)
+    return {"micro_blocks": need.blocks, **memory.peak(need)}
 
 
 def seconds(

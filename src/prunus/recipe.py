@@ -159,6 +159,9 @@ class Distill(Section):
     )
     hidden_weight: float = Field(1.0, gt=0, description="of it; at 1 it is as large as the divergence")
     hidden_layers: Count = Field(4, description="how many layers it compares")
+    on_policy_share: float = Field(
+        0.0, ge=0, le=1, description="of the steps, in which the student continues the text itself; slow"
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0: never")
     patience: int = Field(0, ge=0, description="measurements without gain before training ends early; 0: never")
     seed: int = 0
@@ -167,7 +170,7 @@ class Distill(Section):
     )
     cache_per_token: Count = Field(12, description="ids that a cache of samples or top_k keeps of each token")
     gradient_checkpointing: bool = Field(False, description="a quarter more work for far less memory")
-    compile: bool = Field(False, description="pass the student through torch.compile")
+    compile: bool = Field(False, description="pass the layers of both models through torch.compile")
     trackers: list[_name(("tensorboard", "wandb", "trackio"))] = []  # type: ignore[valid-type]
     checkpoint_seconds: float = Field(120.0, ge=0, description="between checkpoints: what a killed run loses at most")
 
@@ -221,6 +224,10 @@ class Recipe(Section):
             mistake = "score.ffn: reconstruction needs measure.grams: true, or choose another score"
         if mistake is None and self.score.layers == "leave_one_out" and not self.measure.leave_one_out:
             mistake = "score.layers: leave_one_out needs measure.leave_one_out: true, or choose another score"
+        if mistake is None and self.distill.on_policy_share and self.distill.teacher_cache:
+            mistake = (
+                "distill.on_policy_share: a cache knows nothing of text that is yet to be written; drop teacher_cache"
+            )
         if mistake is not None:
             raise ValueError(mistake)
         return self

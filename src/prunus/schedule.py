@@ -31,6 +31,7 @@ class Settings:
         hidden_loss: key of `losses.HIDDEN_LOSSES`, for students cut out of their teacher; None: logits only.
         hidden_weight: of it, relative to the divergence: at 1 both have the same size.
         hidden_layers: how many layers it compares.
+        on_policy_share: of the steps, in which the student continues the text itself (see `on_policy`).
         evaluate_every: steps between measurements of the held-out loss; 0: never.
         patience: measurements without a lower held-out loss before training ends early; 0: never.
         seed: of the order of the text.
@@ -53,6 +54,7 @@ class Settings:
     hidden_loss: str | None = None
     hidden_weight: float = 1.0
     hidden_layers: int = 4
+    on_policy_share: float = 0.0
     evaluate_every: int = 0
     patience: int = 0
     seed: int = 0

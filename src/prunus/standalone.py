@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prunus import console, hardware, parallel
+from prunus import console, hardware, hidden, parallel
 from prunus.budget import parse_quantity
 from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import Progress
@@ -19,7 +19,6 @@ from prunus.distill import distill as train
 from prunus.documents import chat_template, documents, shuffled
 from prunus.errors import BadCheckpoint, BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
-from prunus.hidden import pairs_of_cut
 from prunus.recipe import Distill, parse_section
 from prunus.schedule import Settings
 from prunus.tasks import run_tasks
@@ -58,7 +57,7 @@ def distill(
         sizes = f"{learner.architecture.vocab} and {source.architecture.vocab}"
         raise BadCheckpoint(f"student and teacher have vocabularies of {sizes}; distillation needs the same tokens")
     training = Settings(**options.hyperparameters())
-    pairs = pairs_of_cut(learner, source, count=training.hidden_layers) if training.hidden_loss else None
+    pairs = hidden.pairs(learner, source, count=training.hidden_layers) if training.hidden_loss else None
     with tempfile.TemporaryDirectory() as folder:
         blocks = _blocks(data, source, options.tokens, Path(folder))
         validation = _blocks(heldout, source, HELDOUT_TOKENS, Path(folder) / "heldout") if heldout else None

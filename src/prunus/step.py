@@ -6,17 +6,42 @@ Shapes: B blocks of a micro-batch, S tokens of a block, N = B·S, H student chan
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import hardware, hidden, parallel
-from prunus.fused import divergence, head_of
+from prunus import hardware, hidden, on_policy, parallel
+from prunus.fused import CHUNK_TOKENS, divergence, head_of
 from prunus.masters import Masters
 from prunus.schedule import Plan, Settings
 from prunus.teacher import Live, Teacher
 from prunus.text import Blocks, batch_indices, targets
+
+STUDENT = "student."
+"""How the names of the student's parameters begin in `Losses`."""
+FIT_BLOCKS = 8
+"""Blocks of text on which projectors are fitted before they are trained."""
+
+
+class Batch(NamedTuple):
+    """Blocks of a step.
+
+    Attributes:
+        indices: of the blocks in the text.
+        tokens_BS, positions_BS: int64.
+        mask_BS: where the prediction of the next token counts, bool.
+    """
+
+    indices: list[int]
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    mask_BS: Tensor
+
+    def part(self, start: int, stop: int) -> Batch:
+        some = slice(start, stop)
+        return Batch(self.indices[some], self.tokens_BS[some], self.positions_BS[some], self.mask_BS[some])
 
 
 class Losses(nn.Module):
@@ -31,18 +56,22 @@ class Losses(nn.Module):
         settings: Settings,
         pairs: hidden.Pairs | None,
         micro_blocks: int,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         super().__init__()
-        self.student, self.micro_blocks = student, micro_blocks
+        self.student, self.micro_blocks, self.chunk_tokens = student, micro_blocks, chunk_tokens
         self.settings, self.blocks, self.pairs = settings, blocks, pairs
         self._teacher = (teacher,)  # in a tuple: a module that is an attribute would be a part of this one
+        self.projectors = None
+        if pairs is not None and pairs.channels is None and settings.hidden_loss and isinstance(teacher, Live):
+            some = [part.to(hardware.device()) for part in blocks.batch(range(min(FIT_BLOCKS, len(blocks))))]
+            self.projectors = hidden.projectors(pairs, student, teacher, *some)
 
-    def forward(self, indices: list[int], num_tokens: int) -> tuple[Tensor, Tensor | None]:
+    def forward(self, batch: Batch, num_tokens: int) -> tuple[Tensor, Tensor | None]:
         """Divergence and hidden-state loss of these blocks, each divided by the tokens of the whole step."""
         (teacher,) = self._teacher
-        settings, device = self.settings, hardware.device()
-        tokens_BS, positions_BS = (part.to(device) for part in self.blocks.batch(indices))
-        mask_N = targets(tokens_BS, positions_BS).flatten()
+        settings, (indices, tokens_BS, positions_BS, mask_BS) = self.settings, batch
+        mask_N = mask_BS.flatten()
         pairs = self.pairs if settings.hidden_loss else None
         with contextlib.ExitStack() as stack:
             mine = theirs = {}
@@ -66,10 +95,12 @@ class Losses(nn.Module):
             mask_N=mask_N,
             label_N=tokens_BS.roll(-1, dims=1).flatten(),
             cross_entropy_share=settings.cross_entropy_share,
+            chunk_tokens=self.chunk_tokens,
         )
         if pairs is None or settings.hidden_loss is None:
             return loss, None
-        return loss, hidden.loss(settings.hidden_loss, pairs, mine, theirs, num_tokens=num_tokens, mask_N=mask_N)
+        states = (pairs, mine, theirs, self.projectors)
+        return loss, hidden.loss(settings.hidden_loss, *states, num_tokens=num_tokens, mask_N=mask_N)
 
 
 def accumulate(losses: Losses, masters: Masters, weight: float, step: int, schedule: Plan) -> dict[str, Any]:
@@ -79,21 +110,35 @@ def accumulate(losses: Losses, masters: Masters, weight: float, step: int, sched
     Args:
         weight: of the hidden-state loss.
     """
-    settings, blocks = losses.settings, losses.blocks
-    indices = batch_indices(step, schedule.batch_blocks, len(blocks), settings.seed)
-    num_tokens = int(targets(*blocks.batch(indices)).sum())
-    sums = {"loss": 0.0} | ({"hidden_loss": 0.0} if settings.hidden_loss else {})
-    mine = parallel.share(indices)
-    for start in range(0, len(mine), losses.micro_blocks):
+    sums = {"loss": 0.0} | ({"hidden_loss": 0.0} if losses.settings.hidden_loss else {})
+    mine = _batch(losses, step, schedule)
+    num_tokens = int(parallel.total({"tokens": int(mine.mask_BS.sum())})["tokens"])
+    for start in range(0, len(mine.indices), losses.micro_blocks):
         stop = start + losses.micro_blocks
-        parallel.sync_gradients(losses, stop >= len(mine))
-        loss, hidden_loss = losses(mine[start:stop], num_tokens)
+        parallel.sync_gradients(losses, stop >= len(mine.indices))
+        loss, hidden_loss = losses(mine.part(start, stop), max(num_tokens, 1))
         sums["loss"] += float(loss.detach())
         if hidden_loss is not None:
             sums["hidden_loss"] += float(hidden_loss.detach())
             loss = loss + weight * hidden_loss
         loss.backward()
     return parallel.total(sums)
+
+
+def _batch(losses: Losses, step: int, schedule: Plan) -> Batch:
+    """This rank's blocks of a step: text, or what the student makes of it."""
+    settings, blocks, device = losses.settings, losses.blocks, hardware.device()
+    indices = parallel.share(batch_indices(step, schedule.batch_blocks, len(blocks), settings.seed))
+    tokens_BS, positions_BS = (part.to(device) for part in blocks.batch(indices))
+    if not on_policy.is_due(step, settings.on_policy_share):
+        return Batch(indices, tokens_BS, positions_BS, targets(tokens_BS, positions_BS))
+    seeds = on_policy.seeds(settings.seed, step, indices)
+    with parallel.gathered(losses):
+        parts = [
+            on_policy.continued(losses.student, tokens_BS[some], seeds=seeds[some])
+            for some in (slice(at, at + losses.micro_blocks) for at in range(0, len(indices), losses.micro_blocks))
+        ]
+    return Batch(indices, *(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def hidden_weight(curve: list[dict[str, Any]], settings: Settings) -> float:
