@@ -22,6 +22,10 @@ def main() -> None:
     settings = Settings(**options["settings"])
     blocks = load_blocks(Path(options["text"]))
 
+    if options.get("background"):
+        plain = parallel.Saver
+        parallel.Saver = lambda folder, background: plain(folder, background=True)
+
     def progress(at: object) -> None:
         if at.step == options.get("stop_after") and parallel.world().first:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -35,7 +39,7 @@ def main() -> None:
         pairs=hidden.pairs_of_cut(student, teacher, count=2) if settings.hidden_loss else None,
         validation=blocks.head(4) if settings.evaluate_every else None,
         dtype=getattr(torch, options["dtype"]),
-        checkpoint_seconds=1e9,
+        checkpoint_seconds=options.get("checkpoint_seconds", 1e9),
         progress=progress,
     )
 

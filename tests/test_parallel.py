@@ -1,9 +1,11 @@
 """Several ranks train as one does: the same loss curve, the same weights, from each other's checkpoints."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from conftest import add_tokenizer, small_flags, tiny_model
 import prunus as pr
 from prunus import parallel
 from prunus.documents import documents
+from prunus.errors import BadOutput
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import prune
@@ -78,9 +81,9 @@ def test_two_ranks_are_one(setting, alone, tmp_path):
 def test_one_rank_goes_on_with_two_and_two_with_one(setting, alone, tmp_path):
     to = tmp_path / "parts"
     trained(1, setting, to, stop_after=2, code=1)
-    trained(2, setting, to, stop_after=5, code=1)
+    trained(2, setting, to, stop_after=5, code=1, background=True, checkpoint_seconds=0)
     assert not to.exists()
-    trained(1, setting, to)
+    trained(1, setting, to, background=True, checkpoint_seconds=0)
     assert_same(to, alone)
 
 
@@ -133,14 +136,32 @@ def test_a_process_alone_is_a_world_of_one():
     assert not parallel.together(False)
 
 
-def test_states_follow_each_other_whole(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_states_follow_each_other_whole(tmp_path, background):
     folder = tmp_path / "state"
     assert not parallel.has_state(folder)
+    saver, state = parallel.Saver(folder, background=background), torch.zeros(3)
     for number in range(3):
-        parallel.save_state({"a": torch.full((3,), float(number))}, {"step": number}, folder)
+        saver.save({"a": state.fill_(number)}, {"step": number})
+    state.fill_(9)  # what is trained on while the last is still being written
+    saver.settle()
     (folder / ".partial").mkdir()  # of a process that was killed
     found = {"a": torch.zeros(3)}
     parallel.load_state(found, folder)
     assert parallel.load_record(folder) == {"step": 2}
     assert found["a"].tolist() == [2.0] * 3
     assert sorted(path.name for path in folder.iterdir()) == [".partial", "2"]
+
+
+def test_a_failure_in_the_background_is_not_lost(tmp_path):
+    folder = tmp_path / "state"
+    saver = parallel.Saver(folder, background=True)
+    saver.save({"a": torch.zeros(3)}, {})
+    saver.settle()
+    saver.save({"a": torch.zeros(3)}, {"step": 1})
+    saver.pending.result()
+    saver.pending = Future()
+    saver.pending.set_exception(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(BadOutput, match="space"):
+        saver.settle()
+    assert parallel.load_record(folder) == {}

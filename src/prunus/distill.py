@@ -149,10 +149,11 @@ def distill(
 
     # 3. The steps.
     started = last_saved = time.monotonic()
+    saver = parallel.Saver(folder, background=device.type == "cuda")
 
     def store() -> None:
         seconds = state.seconds + time.monotonic() - started
-        parallel.save_state(masters.state(), asdict(state) | {"seconds": seconds}, folder)
+        saver.save(masters.state(), asdict(state) | {"seconds": seconds})
 
     with _stop_signal() as stop:
         while len(state.curve) < schedule.steps and not _on_plateau(state.curve, settings.patience):
@@ -171,6 +172,7 @@ def distill(
             state.curve.append(point)
             progress(_progress(schedule, step + 1, point))
             if all("skipped" in point for point in state.curve[-PATIENCE:]) and step + 1 >= PATIENCE:
+                saver.settle()
                 state = _roll_back(folder, masters, state)
                 store()
             stopping = parallel.together(stop.is_set())
@@ -179,9 +181,11 @@ def distill(
                 store()
                 last_saved = time.monotonic()
                 if stopping:
+                    saver.settle()
                     raise Stopped(f"stopped after step {len(state.curve)}; run the same command again to go on")
 
     # 4. The result.
+    saver.settle()
     record = training_record(schedule, state, state.seconds + time.monotonic() - started)
     tensors = masters.weights(student.dtype, prefix=STUDENT)
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -167,28 +168,63 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def save_state(tensors: Mapping[str, Tensor], record: Mapping[str, Any], folder: Path) -> None:
-    """Tensors, sharded or not, and a JSON record, as the newest version in `folder`; the one before is then removed.
+class Saver:
+    """Writes the state of a run into `folder`, as its newest version; the one before is then removed.
 
     The files are safetensors, one per rank; `load_state` reads them on any number of ranks. A version appears whole or
     not at all, and one is there at any time once the first is written.
+
+    Args:
+        background: copy the state to the CPU, and write while the training goes on. The version appears at the next
+            `save` or `settle`. Worth it for a GPU; on a CPU it would double the memory.
     """
-    before = _versions(folder)
-    partial, number = folder / ".partial", len(before) and int(before[-1].name) + 1
-    if world().first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
-    with full_disk_is_an_error(folder), _alone_is_meant():
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        save(dict(tensors), storage_writer=writer, no_dist=not world().several)
-    if world().first:
-        with full_disk_is_an_error(folder):
-            (partial / STATE).write_text(json.dumps(record))
-        partial.replace(folder / f"{number}")
-        for version in before:
-            shutil.rmtree(version)
-    _barrier()
+
+    def __init__(self, folder: Path, *, background: bool) -> None:
+        self.folder, self.background = folder, background
+        self.pending: Future[Any] | None = None
+        # Its own group: the thread that writes must not come between the messages of the training.
+        self.group = dist.new_group(backend="gloo") if background and world().several else None
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / ".partial"
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Tensors, sharded or not, and a JSON record."""
+        self.settle()
+        if world().first:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+            with full_disk_is_an_error(self.folder):
+                (self._partial / STATE).write_text(json.dumps(record))
+        _barrier()
+        writer = HuggingFaceStorageWriter(str(self._partial), save_distributed=True)
+        options: dict[str, Any] = {"storage_writer": writer, "no_dist": not world().several}
+        with full_disk_is_an_error(self.folder), _alone_is_meant():
+            if self.background:
+                started = async_save(dict(tensors), process_group=self.group, **options)
+                self.pending = started if isinstance(started, Future) else started.upload_completion
+            else:
+                save(dict(tensors), **options)
+                self._publish()
+
+    def settle(self) -> None:
+        """Wait for what is being written in the background."""
+        if self.pending is not None:
+            with full_disk_is_an_error(self.folder):
+                self.pending.result()
+            self.pending = None
+            self._publish()
+
+    def _publish(self) -> None:
+        _barrier()
+        if world().first:
+            before = _versions(self.folder)
+            number = int(before[-1].name) + 1 if before else 0
+            self._partial.replace(self.folder / f"{number}")
+            for version in before:
+                shutil.rmtree(version)
+        _barrier()
 
 
 def has_state(folder: Path) -> bool:
@@ -196,7 +232,7 @@ def has_state(folder: Path) -> bool:
 
 
 def load_record(folder: Path) -> dict[str, Any]:
-    """The record that `save_state` wrote last. Raises BadOutput where it cannot be read."""
+    """The record that a `Saver` wrote last. Raises BadOutput where it cannot be read."""
     try:
         record: dict[str, Any] = json.loads((_versions(folder)[-1] / STATE).read_text())
         return record
@@ -205,7 +241,7 @@ def load_record(folder: Path) -> dict[str, Any]:
 
 
 def load_state(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill the tensors, sharded or not, with what `save_state` wrote last. Raises BadOutput if that is damaged."""
+    """Fill the tensors, sharded or not, with what a `Saver` wrote last. Raises BadOutput if that is damaged."""
     try:
         with _alone_is_meant():
             reader = HuggingFaceStorageReader(str(_versions(folder)[-1]))
