@@ -29,10 +29,13 @@ check: .venv/installed
 bench: demo
 	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL) --baseline
 	$(BIN)/python benchmarks/head_loss.py
+	$(BIN)/python benchmarks/head_loss.py --memory
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/measure.py $(MODEL)
 	$(BIN)/python benchmarks/kd_step.py $(MODEL) --student demo/run/3-pruned
-	$(BIN)/python benchmarks/kill.py 10
+	$(BIN)/python benchmarks/kd_step.py $(MODEL) --student demo/run/3-pruned --dtype float32 --only "prunus;TRL;TRL +malloc"
+	$(BIN)/python benchmarks/kill.py 20
 	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt --calibration-blocks 96 --cuts ffn:768,hidden:504
 
 clean:

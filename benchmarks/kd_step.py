@@ -5,10 +5,13 @@ Usage: python benchmarks/kd_step.py MODEL [--dtype bfloat16|float32] [--rounds 5
 Others are compared where they are installed: pip install --no-deps trl==1.16.0 liger-kernel==0.8.5 torchtune==0.6.1
 
 Each method lives in a process of its own, since one of ours changes the C allocator for the whole process; they take
-turns (A B A B), one step of 2 × 512 tokens each, and medians are compared. Others run in the loop that their users
-write: a float32 student under autocast (the usual mixed precision), teacher in the short type, fused AdamW, and both
-as it is and with the allocator's thresholds raised as ours raises them ("+malloc"). Loss: forward KL; Liger has only
-JSD there. The floor is 2 N_teacher + 6 N_student FLOPs a token at the GEMM rate measured in the same turns.
+turns (A B A B), one step of 2 × 512 tokens each, and medians are compared. Four at a time, so that 24 GB hold them;
+ours is one of each four.
+
+Others run in the loop that their users write: a float32 student under autocast (the usual mixed precision), teacher in
+the short type, fused AdamW, as it is or with the allocator's thresholds raised as ours raises them ("+malloc"). Loss:
+forward KL; Liger has only JSD there. The floor is 2 N_teacher + 6 N_student FLOPs a token at the GEMM rate measured in
+the same turns.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -158,8 +161,13 @@ METHODS: dict[str, Callable[..., Step]] = {
     "prunus, hidden": partial(ours, cache="hidden"),
 } | {
     name: partial(plain_loop, loss=name.split()[0], malloc="+malloc" in name)
-    for name in ("naive +malloc", "TRL", "TRL +malloc", "torchtune +malloc", "Liger +malloc")
+    for name in ("naive", "TRL", "TRL +malloc", "Liger", "Liger +malloc", "torchtune")
 }
+TOGETHER = (
+    ("prunus", "prunus, compiled", "prunus, samples", "prunus, hidden"),
+    ("prunus", "naive", "TRL", "TRL +malloc"),
+    ("prunus", "Liger", "Liger +malloc", "torchtune"),
+)
 
 
 def worker(
@@ -188,6 +196,7 @@ def main() -> None:
     parser.add_argument("--student", help="a pruned student; default: FFN cut to half, repaired on a little text")
     parser.add_argument("--only", help="methods, separated by semicolons")
     options = parser.parse_args()
+    chosen = [options.only.split(";")] if options.only else TOGETHER
     dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text"
@@ -197,9 +206,10 @@ def main() -> None:
         student = options.student or str(cut(teacher, blocks, Path(folder) / "student"))
         os.environ["CACHES"] = folder
         for kind in ("samples", "hidden"):
-            if not options.only or f"prunus, {kind}" in options.only:
+            if any(f"prunus, {kind}" in methods for methods in chosen):
                 write_cache(teacher, blocks, describe(teacher, blocks, kind=kind, dtype=dtype), to=Path(folder) / kind)
-        compare(options, teacher, pr.load(student), str(text), dtype)
+        for methods in chosen:
+            compare(methods, options, teacher, pr.load(student), str(text), dtype)
 
 
 def cut(teacher: Checkpoint, blocks: Blocks, to: Path) -> Path:
@@ -211,15 +221,21 @@ def cut(teacher: Checkpoint, blocks: Blocks, to: Path) -> Path:
 
 
 def compare(
-    options: argparse.Namespace, teacher: Checkpoint, student: Checkpoint, text: str, dtype: torch.dtype
+    methods: Sequence[str],
+    options: argparse.Namespace,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    text: str,
+    dtype: torch.dtype,
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    chosen = options.only.split(";") if options.only else list(METHODS)
     pipes: dict[str, Connection] = {}
-    for method in chosen:
+    workers = []
+    for method in methods:
         pipe, other = context.Pipe()
         arguments = (other, method, options.model, str(student.folder), text, dtype, torch.get_num_threads())
-        context.Process(target=worker, args=arguments, daemon=True).start()
+        workers.append(context.Process(target=worker, args=arguments, daemon=True))
+        workers[-1].start()
         other.close()  # so that a worker that is killed ends the waiting
         try:
             problem = pipe.recv()
@@ -238,6 +254,8 @@ def compare(
             seconds[method].append(pipe.recv())
     for pipe in pipes.values():
         pipe.send(None)
+    for process in workers:
+        process.join()
     rate = statistics.median(rates)
     floor = rate / (2 * teacher.parameters + 6 * student.parameters)
     print(

@@ -158,3 +158,8 @@ def test_scores_that_need_a_measurement():
         axis = "ffn" if score == "reconstruction" else "layers"
         with pytest.raises(BadRecipe, match=f"{axis}: {score} needs measure"):
             parse(LEAST | {"score": {axis: score}, "measure": measure}, source="test")
+
+
+def test_a_cache_cannot_judge_what_the_student_will_write():
+    with pytest.raises(BadRecipe, match=r"distill\.on_policy_share: a cache knows nothing"):
+        parse(LEAST | {"distill": {"on_policy_share": 0.5, "teacher_cache": "samples"}}, source="test")

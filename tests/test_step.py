@@ -1,0 +1,59 @@
+"""The loss of a step: it depends on the documents, not on how they lie in blocks and micro-batches."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from prunus.families import known_families
+from prunus.masters import Masters
+from prunus.schedule import Settings, plan
+from prunus.step import Losses, accumulate
+from prunus.teacher import Live
+from prunus.text import Blocks
+
+DOCUMENT, DOCUMENTS = 16, 8
+
+
+def packed(order, per_block):
+    """The same documents in this order, so many in a block."""
+    tokens = np.random.default_rng(0).integers(0, 97, (DOCUMENTS, DOCUMENT))[list(order)]
+    positions = np.broadcast_to(np.arange(DOCUMENT), tokens.shape)
+    shape = (DOCUMENTS // per_block, per_block * DOCUMENT)
+    blocks = [part.reshape(shape).astype("<u2") for part in (tokens, positions)]
+    return Blocks(*blocks, np.ones(shape[0], np.int64), "packed")
+
+
+def losses_and_gradients(teacher, student, blocks, dtype, **choices):
+    settings = Settings(tokens=DOCUMENTS * DOCUMENT, batch_tokens=DOCUMENTS * DOCUMENT, hidden_loss=None)
+    model = student.module(torch.float32)
+    losses = Losses(
+        model,
+        Live(teacher.module(dtype).requires_grad_(False)),
+        blocks,
+        settings,
+        None,
+        **{"micro_blocks": 1} | choices,
+    )
+    masters = Masters(losses, dtype, weight_decay=0.0)
+    masters.publish()
+    schedule = plan(settings, hidden=48, num_blocks=len(blocks), block_size=blocks.block_size)
+    point = accumulate(losses, masters, 0.0, 0, schedule)
+    masters.clip(float("inf"))
+    return point["loss"], torch.cat([value.grad.flatten() for value in masters.values.values()])
+
+
+@pytest.mark.parametrize("family", known_families())
+def test_neither_packing_nor_the_split_nor_the_chunk_changes_a_gradient(family, tmp_path):
+    teacher = tiny_model(family, tmp_path / "teacher")
+    student = tiny_model(family, tmp_path / "student", intermediate_size=24)
+    ways = {
+        "one document a block": (packed(range(8), 1), {}),
+        "two": (packed([3, 1, 0, 2, 7, 5, 4, 6], 2), {}),
+        "four, whole batch, small chunks": (packed(reversed(range(8)), 4), {"micro_blocks": 2, "chunk_tokens": 10}),
+    }
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        found = [losses_and_gradients(teacher, student, blocks, dtype, **rest) for blocks, rest in ways.values()]
+        for loss, gradient in found[1:]:
+            assert loss == pytest.approx(found[0][0], rel=tolerance)
+            assert (gradient - found[0][1]).norm() < tolerance * found[0][1].norm()
