@@ -29,6 +29,7 @@ check: .venv/installed
 bench: demo
 	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL) --baseline
 	$(BIN)/python benchmarks/head_loss.py
+	$(BIN)/python benchmarks/head_loss.py --threads 1
 	$(BIN)/python benchmarks/head_loss.py --memory
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py

@@ -1,11 +1,11 @@
 """Forward KL of the output head: prunus.fused beside plain torch, at the sizes of SmolLM2-135M.
 
-    python benchmarks/head_loss.py [--memory]
+    python benchmarks/head_loss.py [--threads 1] [--memory]
 
 Everything is measured in one run, the tries interleaved, because a shared machine drifts by a factor of two. "floor"
 is the four GEMMs that no method avoids (two logits, dH, dW) in bf16; a time of 1.5 is 1.5 times that. "plain torch" is
-what a 20-line distillation loop does: bf16 logits, .float(), log_softmax, autograd; its fp32 twin is `losses`. Times
-are CPU time of one thread, so that neighbours on the machine count less. Linux only.
+what a 20-line distillation loop does: bf16 logits, .float(), log_softmax, autograd; its fp32 twin is `losses`. With one
+thread, times are CPU time, so that neighbours on the machine count less. Linux only.
 
 --memory: growth of the resident memory instead, at the vocabulary of Gemma 3 and 4096 tokens. What plain torch needs
 there (some 20 GB) is a straight line through its growth at two smaller numbers of tokens.
@@ -28,7 +28,7 @@ from prunus import fused, hardware, losses
 
 TOKENS, VOCAB, HIDDEN = 1024, 49152, 576
 DISTANCE = 0.1  # of the student from its teacher, relative
-TRIES = 3
+TRIES = 5
 GEMMA = 4096, 262144, 640
 MEASURED_TOKENS = 256, 768
 
@@ -82,9 +82,10 @@ def clear(inputs: tuple[Tensor, ...]) -> None:
 
 def seconds(method: Callable[..., None], inputs: tuple[Tensor, ...]) -> float:
     clear(inputs)
-    start = time.thread_time()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     method(*inputs)
-    return time.thread_time() - start
+    return clock() - start
 
 
 def growth_MiB(method: Callable[..., None], inputs: tuple[Tensor, ...]) -> float:
@@ -129,7 +130,7 @@ def compare_times() -> None:
             times[name].append(seconds(method, inputs))
     typical = {name: statistics.median(tries) for name, tries in times.items()}
     tera = 8 * HIDDEN * VOCAB * TOKENS / typical["floor"] / 1e12
-    print(f"{TOKENS} tokens, V {VOCAB}, H {HIDDEN}, 1 thread, floor {tera:.2f} TFLOP/s")
+    print(f"{TOKENS} tokens, V {VOCAB}, H {HIDDEN}, {torch.get_num_threads()} threads, floor {tera:.2f} TFLOP/s")
     print(f"{'':26}{'time / floor':>14}{'floor share':>14}{'peak memory':>14}{'dW error':>10}")
     for name, method in METHODS.items():
         ratio = typical[name] / typical["floor"]
@@ -151,6 +152,7 @@ def compare_memory() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.set_num_threads(1 if not options.memory else torch.get_num_threads())
+    torch.set_num_threads(options.threads)
     (compare_memory if options.memory else compare_times)()

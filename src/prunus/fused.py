@@ -197,7 +197,9 @@ class _Fused(torch.autograd.Function):
         dH_ND = torch.empty_like(hidden_ND) if needs[0] else None
         # One chunk writes its dW; several add to it in float32.
         alone = tokens <= chunk_tokens and weight_VD.dtype == dtype
-        dW_VD = torch.zeros_like(weight_VD, dtype=dtype if alone else torch.float32) if needs[1] else None
+        dW_VD = torch.empty_like(weight_VD, dtype=dtype if alone else torch.float32) if needs[1] else None
+        if dW_VD is not None:
+            dW_VD[shared if alone and tokens else 0 :].zero_()
         db_V = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if needs[2] else None
         loss_N = hidden_ND.new_empty(tokens, dtype=torch.float32)
         factor = loss.temperature * student.scale / num_tokens
@@ -228,8 +230,11 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second backward through the same graph is refused by autograd's version check, not wrong.
-        gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
+        gradients = ctx.saved_tensors
+        # On a CPU it costs nothing to see that there is nothing to multiply by, and a pass over the head not to.
+        if grad_loss.device.type != "cpu" or grad_loss != 1:
+            # In place: a second backward through the same graph is refused by autograd's version check, not wrong.
+            gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
         return (*gradients, *[None] * 6)
 
 

@@ -48,7 +48,11 @@ class Masters:
     def clip(self, most: float) -> float:
         """Scale the gradients down to a norm of at most `most`; returns what the norm was."""
         self._finish_gradients()
-        return float(parallel.whole(torch.nn.utils.clip_grad_norm_(self.values.values(), most)))
+        gradients = [value.grad for value in self.values.values() if value.grad is not None]
+        norm = parallel.whole(torch.nn.utils.get_total_norm(gradients))
+        if not norm <= most:  # also where it is not a number; otherwise it would be a pass that multiplies by 1
+            torch.nn.utils.clip_grads_with_norm_(self.values.values(), most, norm)
+        return float(norm)
 
     def step(self, rate: float) -> None:
         """One update at this learning rate."""
