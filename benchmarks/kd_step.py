@@ -3,7 +3,8 @@
 Usage: python benchmarks/kd_step.py MODEL [--dtype bfloat16|float32] [--rounds 5] [--student FOLDER]
 
 Others are compared where they are installed, without their dependencies: pip install --no-deps trl==1.16.0
-liger-kernel==0.8.5 torchtune==0.6.1 torchao==0.9.0 omegaconf antlr4-python3-runtime==4.9.3 sentencepiece tiktoken blobfile
+liger-kernel==0.8.5 torchtune==0.6.1 torchao==0.9.0 omegaconf antlr4-python3-runtime==4.9.3 sentencepiece
+tiktoken blobfile
 
 Each method lives in a process of its own, since one of ours changes the C allocator for the whole process; they take
 turns (A B A B), one step of 2 × 512 tokens each, and medians are compared. Four at a time, so that 24 GB hold them;
