@@ -36,7 +36,7 @@ def main() -> None:
         blocks,
         to=options["to"],
         settings=settings,
-        pairs=hidden.pairs_of_cut(student, teacher, count=2) if settings.hidden_loss else None,
+        pairs=hidden.pairs(student, teacher, count=2) if settings.hidden_loss else None,
         validation=blocks.head(4) if settings.evaluate_every else None,
         dtype=getattr(torch, options["dtype"]),
         checkpoint_seconds=options.get("checkpoint_seconds", 1e9),

@@ -1,8 +1,8 @@
-"""RMSNorm with its gradient by hand: a sixth of the passes over memory, and half of what is kept for the backward pass.
+"""RMSNorm with its gradient by hand: in less than half the time, and with half of what is kept for the backward pass.
 
-transformers writes the norm as six operations in float32, each of which autograd remembers. In a distillation step on
-a CPU they cost as much as a third of the attention, and they keep 8 bytes per channel in bfloat16. Here the input and
-one number per row are kept. The product with the weight is rounded once, where some models round twice.
+transformers writes the norm as six operations in float32, each of which autograd remembers; in a distillation step on a
+CPU they cost as much as a third of the attention. Here the input and one number per row are kept. The product with the
+weight is rounded once, where some models round twice.
 
 Shapes: N rows (tokens, or tokens × heads), H channels.
 """
@@ -58,7 +58,8 @@ def uninstalled(models: Iterable[nn.Module]) -> Iterator[None]:
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + eps) · weight over the last dimension, in float32 inside, in the dtype of x."""
     if x.is_cuda or torch.compiler.is_compiling():
-        return F.rms_norm(x, weight_H.shape, weight_H.to(x.dtype), eps)
+        # A float32 weight (Gemma's 1 + w) is not rounded to the type of x.
+        return F.rms_norm(x.to(weight_H.dtype), weight_H.shape, weight_H, eps).to(x.dtype)
     out: Tensor = _Norm.apply(x, weight_H, eps)
     return out
 
