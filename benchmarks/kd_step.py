@@ -90,12 +90,12 @@ def plain_loop(
         hardware.keep_freed_memory()
     compute = LOSSES[loss]()
     source, model = teacher.module(dtype).requires_grad_(False), student.module(torch.float32).train()
-    hardware.plain([source, model]).__enter__()  # transformers alone, to the end of the process
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(number: int) -> None:
         tokens, _ = blocks.batch([(number * BLOCKS + place) % len(blocks) for place in range(BLOCKS)])
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        # Without our attention and norms, forwards and backwards.
+        with hardware.plain([source, model]), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             compute(model, source, tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
