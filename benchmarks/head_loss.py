@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunus import fused, hardware, losses
+from prunus import fused, hardware, losses, row_blocks
+from prunus.head import Dense, Head
 
 TOKENS, VOCAB, HIDDEN = 1024, 49152, 576
 DISTANCE = 0.1  # of the student from its teacher, relative
@@ -44,15 +45,15 @@ def make(tokens: int, vocab: int = VOCAB, width: int = HIDDEN) -> tuple[Tensor, 
 
 
 def ours(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
-    targets = fused.Dense(teacher_hidden, fused.Head(teacher))
-    fused.divergence("forward_kl", hidden, fused.Head(student), targets, num_tokens=len(hidden)).backward()
+    targets = Dense(teacher_hidden, Head(teacher))
+    fused.divergence("forward_kl", hidden, Head(student), targets, num_tokens=len(hidden)).backward()
 
 
 def ours_far(*inputs: Tensor) -> None:
     """The same with the student's logits computed apart from the teacher's, from the second row block on."""
-    near, fused.FAR = fused.FAR, -1.0
+    near, row_blocks.FAR = row_blocks.FAR, -1.0
     ours(*inputs)
-    fused.FAR = near
+    row_blocks.FAR = near
 
 
 def plain_torch(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:

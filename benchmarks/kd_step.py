@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import prunus as pr
-from prunus import hardware
+from prunus import hardware, layerwise
 from prunus.checkpoint import Checkpoint
 from prunus.masters import Masters
 from prunus.schedule import Settings, plan
@@ -71,7 +71,7 @@ def ours(
     masters = Masters(model, dtype, weight_decay=0.0)
     masters.publish()
     for each in (model, source.model) if compiled else ():
-        hardware.compile_layers(each)
+        layerwise.compile_layers(each)
 
     def step(number: int) -> None:
         accumulate(losses, masters, 0.0, number % schedule.steps, schedule)

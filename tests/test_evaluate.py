@@ -21,7 +21,7 @@ from transformers import (
 
 from prunus import evaluate
 from prunus.errors import BadCheckpoint, BadData
-from prunus.fused import Head
+from prunus.head import Head
 from prunus.text import Blocks
 
 VOCAB = 96

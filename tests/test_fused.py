@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from prunus import fused, losses
-from prunus.fused import Dense, Head, Samples, TopK
+from prunus.head import Dense, Head
+from prunus.kernels import KERNELS, Samples, TopK
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 37, 103, 16, 24
 
@@ -95,7 +96,7 @@ def test_every_divergence(kind: str, mix: float, temperature: float) -> None:
 
 
 def test_there_is_a_kernel_for_every_reference() -> None:
-    assert list(fused.KERNELS) == list(losses.DIVERGENCES)
+    assert list(KERNELS) == list(losses.DIVERGENCES)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -321,8 +322,8 @@ hidden, teacher_hidden = (torch.randn(1024, 32).bfloat16() for _ in range(2))
 student, teacher = (torch.randn(20000, 32).bfloat16() for _ in range(2))
 hidden.requires_grad_(), student.requires_grad_()
 def ours(n, v):
-    targets = fused.Dense(teacher_hidden[:n], fused.Head(teacher[:v]))
-    head = fused.Head(student[:v])
+    targets = Dense(teacher_hidden[:n], Head(teacher[:v]))
+    head = Head(student[:v])
     fused.divergence("forward_kl", hidden[:n], head, targets, num_tokens=n, chunk_tokens=256).backward()
 def naive(n, v):
     logits = [losses.head_logits(h[:n], w[:v]) for h, w in ((hidden, student), (teacher_hidden, teacher))]

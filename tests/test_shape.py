@@ -15,7 +15,7 @@ LAYERS = """
     errors architecture families.family families._decoder families
     families.gemma3_text families.llama families.mistral families.qwen2 families.qwen3
     cost files attention norms hardware layerwise parallel checkpoint documents text scores measure importance
-    selection repair refit prune losses kernels fused evaluate tasks
+    selection repair refit prune losses kernels head row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step distill trackers
     budget search formats pictures verdict report
     console recipe run results inspection planning standalone pipeline cli __main__

@@ -12,7 +12,7 @@ from prunus import losses
 from prunus import teacher as teachers
 from prunus.errors import BadData, BadOutput
 from prunus.evaluate import quality
-from prunus.fused import head_of
+from prunus.head import head_of
 from prunus.kernels import Samples, TopK
 from prunus.teacher import Live, describe, draw, open_cache, packed, unpacked, write_cache
 

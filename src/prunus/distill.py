@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prunus import hardware, hidden, memory, parallel
+from prunus import hardware, hidden, layerwise, memory, parallel
 from prunus.checkpoint import Checkpoint, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
@@ -140,7 +140,7 @@ def distill(
         enable({"use_reentrant": False})
     if compiled:
         for each in [model, source.model] if isinstance(source, Live) else [model]:
-            hardware.compile_layers(each)
+            layerwise.compile_layers(each)
 
     # 2. Where an earlier, killed run left off.
     if parallel.has_state(folder):

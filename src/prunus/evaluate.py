@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunus import hardware
 from prunus.errors import BadCheckpoint, BadData
-from prunus.fused import head_of
+from prunus.head import head_of
 from prunus.text import Blocks, targets
 
 LOGIT_BYTES = 32 * 1024**2

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from prunus import attention, norms
 
@@ -53,14 +52,6 @@ def place(model: Model, *, device: torch.device | None = None, dtype: torch.dtyp
     attention.install(model)
     norms.install(model)
     return model
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """torch.compile layer by layer: they share one compilation, which a whole model would not."""
-    layers = model.base_model.layers
-    assert isinstance(layers, torch.nn.ModuleList)
-    for layer in layers:
-        layer.compile()
 
 
 @contextlib.contextmanager

@@ -60,6 +60,12 @@ def body(model: PreTrainedModel) -> Any:
     return model.base_model
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile layer by layer: they share one compilation, which a whole model would not."""
+    for layer in body(model).layers:
+        layer.compile()
+
+
 def enter(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor) -> Batch:
     """The residual stream before layer 0, and what each layer will be called with.
 

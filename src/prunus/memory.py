@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from prunus import attention, fused, hardware
+from prunus import attention, fused, hardware, row_blocks
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.errors import DoesNotFit
@@ -108,7 +108,7 @@ def head(training: Training) -> int:
     """Buffers of the fused loss: gradients to the logits of a chunk, logits of a row block, and the head's gradient."""
     sizes, b = training.student, training.itemsize
     chunk = min(training.tokens, training.chunk_tokens)
-    rows = min(chunk, fused.ROW_TOKENS)
+    rows = min(chunk, row_blocks.ROW_TOKENS)
     logits = 2 * rows * (2 * b if b < 4 else 4)
     return sizes.vocab * (chunk * b + logits + sizes.hidden * (b if training.tokens <= chunk else 4))
 

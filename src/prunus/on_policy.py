@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunus.evaluate import evaluation_mode
-from prunus.fused import head_of
+from prunus.head import head_of
 
 
 def is_due(step: int, share: float) -> bool:

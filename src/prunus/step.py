@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunus import hardware, hidden, on_policy, parallel
-from prunus.fused import CHUNK_TOKENS, divergence, head_of
+from prunus.fused import CHUNK_TOKENS, divergence
+from prunus.head import head_of
 from prunus.masters import Masters
 from prunus.schedule import Plan, Settings
 from prunus.teacher import Live, Teacher

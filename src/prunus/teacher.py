@@ -30,7 +30,7 @@ from prunus import hardware
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BadData, BadOutput
 from prunus.files import atomic_file, save_file
-from prunus.fused import Dense, Head, Targets, head_of
+from prunus.head import Dense, Head, Targets, head_of
 from prunus.kernels import Samples, TopK
 from prunus.text import Blocks
 
