@@ -318,6 +318,7 @@ def test_two_runs_agree_bitwise() -> None:
 GROWTH = """
 import pathlib, re, torch
 from prunus import fused, losses
+from prunus.head import Dense, Head
 hidden, teacher_hidden = (torch.randn(1024, 32).bfloat16() for _ in range(2))
 student, teacher = (torch.randn(20000, 32).bfloat16() for _ in range(2))
 hidden.requires_grad_(), student.requires_grad_()

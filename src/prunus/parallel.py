@@ -184,6 +184,8 @@ class Saver:
         self.pending: Future[Any] | None = None
         # Its own group: the thread that writes must not come between the messages of the training.
         self.group = dist.new_group(backend="gloo") if background and world().several else None
+        if background:  # what `_alone_is_meant` does ends before the thread that writes warns
+            _ignore_being_alone()
 
     @property
     def _partial(self) -> Path:
@@ -254,8 +256,12 @@ def load_state(tensors: Mapping[str, Tensor], folder: Path) -> None:
 def _alone_is_meant() -> Iterator[None]:
     """Without the warning that a world of one gets even where it asks for no_dist."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        _ignore_being_alone()
         yield
+
+
+def _ignore_being_alone() -> None:
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _versions(folder: Path) -> list[Path]:
