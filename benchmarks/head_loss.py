@@ -1,6 +1,7 @@
-"""Forward KL of the output head: prunus.fused beside plain torch, at the sizes of SmolLM2-135M.
+"""Forward KL of the output head: prunus.fused beside plain torch, on the states of real models.
 
-    python benchmarks/head_loss.py [--threads 1] [--memory]
+    python benchmarks/head_loss.py MODEL STUDENT TEXT [--threads 1]
+    python benchmarks/head_loss.py --memory
 
 Everything is measured in one run, the tries interleaved, because a shared machine drifts by a factor of two. "floor"
 is the four GEMMs that no method avoids (two logits, dH, dW) in bf16; a time of 1.5 is 1.5 times that. "plain torch" is
@@ -24,51 +25,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunus import fused, hardware, losses, row_blocks
+import prunus as pr
+from prunus import fused, hardware, losses
 from prunus.head import Dense, Head
+from prunus.text import load_blocks
 
-TOKENS, VOCAB, HIDDEN = 1024, 49152, 576
-DISTANCE = 0.1  # of the student from its teacher, relative
+BLOCKS = 2
+NEAR = 0.01  # relative distance of the near student's states and head from the teacher's
 TRIES = 5
 GEMMA = 4096, 262144, 640
 MEASURED_TOKENS = 256, 768
 
 
-def make(tokens: int, vocab: int = VOCAB, width: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student hidden, student head, teacher hidden, teacher head, in bf16."""
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Method = Callable[..., Tensor | None]
+
+
+def from_models(model: str, student: str, text: str) -> dict[str, Inputs]:
+    """A far and a near student: hidden states, student's head, teacher's hidden states and head, in bf16, and labels."""
+    teacher = pr.load(model)
+    tokens = load_blocks(Path(text)).batch(range(BLOCKS))[0]
+    states = []
+    for checkpoint in (pr.load(student), teacher):
+        network = checkpoint.module(torch.bfloat16)
+        with torch.no_grad():
+            hidden = network.base_model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        states.append((hidden, network.get_output_embeddings().weight.detach()))
+    labels = tokens.roll(-1, dims=1).flatten()
     torch.manual_seed(0)
-    teacher_hidden, teacher = torch.randn(tokens, width), torch.randn(vocab, width) * 0.15
-    hidden = teacher_hidden + DISTANCE * torch.randn_like(teacher_hidden)
-    student = teacher + DISTANCE * 0.15 * torch.randn_like(teacher)
-    values = [value.bfloat16() for value in (hidden, student, teacher_hidden, teacher)]
-    return values[0].requires_grad_(), values[1].requires_grad_(), values[2], values[3]
+    near = tuple(value + NEAR * value.std() * torch.randn_like(value) for value in states[1])
+    return {name: (*map(leaf, mine), *states[1], labels) for name, mine in (("far", states[0]), ("near", near))}
 
 
-def ours(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
+def leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_()
+
+
+def random(tokens: int, vocab: int, width: int) -> Inputs:
+    torch.manual_seed(0)
+    values = [torch.randn(size, width).bfloat16() for size in (tokens, vocab, tokens, vocab)]
+    return leaf(values[0]), leaf(values[1]), values[2], values[3], torch.randint(vocab, (tokens,))
+
+
+def ours(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     targets = Dense(teacher_hidden, Head(teacher))
-    fused.divergence("forward_kl", hidden, Head(student), targets, num_tokens=len(hidden)).backward()
+    settings = {"num_tokens": len(hidden), "label_N": labels}
+    loss = fused.divergence("forward_kl", hidden, Head(student), targets, **settings)
+    loss.backward()
+    return loss
 
 
-def ours_far(*inputs: Tensor) -> None:
-    """The same with the student's logits computed apart from the teacher's, from the second row block on."""
-    near, row_blocks.FAR = row_blocks.FAR, -1.0
-    ours(*inputs)
-    row_blocks.FAR = near
-
-
-def plain_torch(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
+def plain_torch(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
     log_q = F.log_softmax((hidden @ student.T).float(), dim=-1)
     with torch.no_grad():
         log_p = F.log_softmax((teacher_hidden @ teacher.T).float(), dim=-1)
-    F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).backward()
+    loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    loss.backward()
+    return loss
 
 
-def reference(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
+def reference(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
     logits = losses.head_logits(hidden, student), losses.head_logits(teacher_hidden, teacher)
-    losses.divergence("forward_kl", *logits, num_tokens=len(hidden)).backward()
+    loss = losses.divergence("forward_kl", *logits, num_tokens=len(hidden))
+    loss.backward()
+    return loss
 
 
-def floor(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor) -> None:
+def floor(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tensor, _: Tensor) -> None:
     with torch.no_grad():
         logits = hidden @ student.T
         torch.mm(teacher_hidden, teacher.T, out=logits)
@@ -76,12 +99,12 @@ def floor(hidden: Tensor, student: Tensor, teacher_hidden: Tensor, teacher: Tens
         torch.mm(logits.T, hidden)
 
 
-def clear(inputs: tuple[Tensor, ...]) -> None:
+def clear(inputs: Inputs) -> None:
     for value in inputs:
         value.grad = None
 
 
-def seconds(method: Callable[..., None], inputs: tuple[Tensor, ...]) -> float:
+def seconds(method: Method, inputs: Inputs) -> float:
     clear(inputs)
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
@@ -89,7 +112,7 @@ def seconds(method: Callable[..., None], inputs: tuple[Tensor, ...]) -> float:
     return clock() - start
 
 
-def growth_MiB(method: Callable[..., None], inputs: tuple[Tensor, ...]) -> float:
+def growth_MiB(method: Method, inputs: Inputs) -> float:
     """Peak resident memory during one call, gradients included, above that before it."""
     clear(inputs)
     ctypes.CDLL(None).malloc_trim(0)
@@ -104,47 +127,51 @@ def resident_MiB(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def gradient_error(method: Callable[..., None]) -> float:
-    """Relative error of the head's gradient over 64 tokens, against fp32 throughout."""
-    inputs, exact = make(64), make(64)
+def gradient_error(method: Method, inputs: Inputs) -> float:
+    """Relative error of the head's gradient, against fp32 throughout."""
+    clear(inputs)
+    reference(*inputs)
+    exact = inputs[1].grad.float()
+    clear(inputs)
     method(*inputs)
-    reference(*exact)
-    return ((inputs[1].grad.float() - exact[1].grad.float()).norm() / exact[1].grad.float().norm()).item()
+    return ((inputs[1].grad.float() - exact).norm() / exact.norm()).item()
 
 
-METHODS: dict[str, Callable[..., None]] = {
-    "floor": floor,
-    "prunus.fused": ours,
-    "prunus.fused, far student": ours_far,
-    "plain torch, bf16 logits": plain_torch,
-    "plain torch, fp32 logits": reference,
+METHODS: dict[str, tuple[Method, str]] = {
+    "floor": (floor, "far"),
+    "prunus.fused": (ours, "far"),
+    "prunus.fused, near student": (ours, "near"),
+    "plain torch, bf16 logits": (plain_torch, "far"),
+    "plain torch, fp32 logits": (reference, "far"),
 }
 
 
-def compare_times() -> None:
+def compare_times(states: dict[str, Inputs]) -> None:
     hardware.keep_freed_memory()
-    inputs = make(TOKENS)
-    memory_MiB = {name: growth_MiB(method, inputs) for name, method in METHODS.items()}
+    memory_MiB = {name: growth_MiB(method, states[which]) for name, (method, which) in METHODS.items()}
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(TRIES):
-        for name, method in METHODS.items():
-            times[name].append(seconds(method, inputs))
+        for name, (method, which) in METHODS.items():
+            times[name].append(seconds(method, states[which]))
     typical = {name: statistics.median(tries) for name, tries in times.items()}
-    tera = 8 * HIDDEN * VOCAB * TOKENS / typical["floor"] / 1e12
-    print(f"{TOKENS} tokens, V {VOCAB}, H {HIDDEN}, {torch.get_num_threads()} threads, floor {tera:.2f} TFLOP/s")
-    print(f"{'':26}{'time / floor':>14}{'floor share':>14}{'peak memory':>14}{'dW error':>10}")
-    for name, method in METHODS.items():
+    tokens, (vocab, width) = len(states["far"][0]), states["far"][1].shape
+    tera = 8 * width * vocab * tokens / typical["floor"] / 1e12
+    print(f"{tokens} tokens, V {vocab}, H {width}, {torch.get_num_threads()} threads, floor {tera:.2f} TFLOP/s")
+    print(f"{'':26}{'time / floor':>14}{'floor share':>14}{'peak memory':>14}{'KL':>7}{'dW error':>10}")
+    for name, (method, which) in METHODS.items():
         ratio = typical[name] / typical["floor"]
-        error = "" if method in (floor, reference) else f"{gradient_error(method):.2%}"
-        print(f"{name:26}{ratio:14.2f}{1 / ratio:14.0%}{memory_MiB[name]:10.0f} MiB{error:>10}")
+        print(f"{name:26}{ratio:14.2f}{1 / ratio:14.0%}{memory_MiB[name]:10.0f} MiB", end="")
+        clear(states[which])
+        loss = method(*states[which])
+        print("" if loss is None else f"{loss.item():7.3f}{gradient_error(method, states[which]):10.2%}")
 
 
 def compare_memory() -> None:
     tokens, vocab, width = GEMMA
-    small, larger = (growth_MiB(plain_torch, make(part, vocab, width)) for part in MEASURED_TOKENS)
+    small, larger = (growth_MiB(plain_torch, random(part, vocab, width)) for part in MEASURED_TOKENS)
     per_token = (larger - small) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0])
     plain = small + per_token * (tokens - MEASURED_TOKENS[0])
-    mine = growth_MiB(ours, make(tokens, vocab, width))
+    mine = growth_MiB(ours, random(tokens, vocab, width))
     print(f"{tokens} tokens, V {vocab}, H {width}, bf16, gradients included")
     print(f"plain torch  {plain:8.0f} MiB ({small:.0f} and {larger:.0f} MiB at {MEASURED_TOKENS} tokens)")
     print(f"prunus.fused {mine:8.0f} MiB   {mine / plain:.1%} of it (limit 25 %)")
@@ -152,8 +179,14 @@ def compare_memory() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("models_and_text", nargs="*", metavar="MODEL STUDENT TEXT")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    (compare_memory if options.memory else compare_times)()
+    if options.memory:
+        compare_memory()
+    elif len(options.models_and_text) == 3:
+        compare_times(from_models(*options.models_and_text))
+    else:
+        parser.error("give MODEL, STUDENT and TEXT, or --memory")

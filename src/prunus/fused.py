@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from prunus import losses
 from prunus.head import Dense, Head, Targets
 from prunus.kernels import KERNELS, TopK
-from prunus.row_blocks import ROW_TOKENS, Loss, RowBlocks
+from prunus.row_blocks import LIKELY_IDS, ROW_TOKENS, Loss, RowBlocks
 
 CHUNK_TOKENS = 1024
 """Tokens whose G is kept at once. Fewer cost passes over the [V, D] gradient of the head, more cost memory."""
@@ -58,7 +58,8 @@ def divergence(
         temperature: T > 0; T² on the divergence, T on its gradient. The cross-entropy is always at T = 1.
         mix: as in `losses.divergence`.
         mask_N: bool [N], True for the tokens that count; None counts all.
-        label_N: the id that follows each position, int64; read where `cross_entropy_share` is not 0.
+        label_N: the id that follows each position, int64. Needed where `cross_entropy_share` is not 0, and elsewhere a
+            help to round the logits well.
         cross_entropy_share: c in [0, 1].
         chunk_tokens: tokens whose G is kept at once, `chunk_tokens` × V × 2 bytes in bf16.
     Returns:
@@ -78,11 +79,20 @@ def divergence(
         for value in (hidden_ND, student.weight_VD, student.bias_V)
     ]
     labels = label_N if cross_entropy_share else None
-    loss = Loss(KERNELS[kind], temperature, mix, cross_entropy_share, labels)
+    shared = min([len(student.weight_VD), *([len(targets.head.weight_VD)] if isinstance(targets, Dense) else [])])
+    likely_ids = _likely_ids(label_N, shared, hidden_ND.device)
+    loss = Loss(KERNELS[kind], temperature, mix, cross_entropy_share, labels, likely_ids)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here, op by op
         return _Fused.apply(
             hidden_ND, student.weight_VD, student.bias_V, student, targets, loss, needs, num_tokens, chunk_tokens
         )
+
+
+def _likely_ids(label_N: Tensor | None, vocab: int, device: torch.device) -> Tensor:
+    """What follows one token of a text is likely behind others too. Without labels, the first ids: tokenizers give them to
+    frequent words."""
+    ids = torch.arange(vocab, device=device) if label_N is None else label_N.unique()
+    return ids[ids < vocab][:LIKELY_IDS]
 
 
 def _check(
@@ -124,7 +134,7 @@ class _Fused(torch.autograd.Function):
         student = _read(student, shared, dtype)
         chunk_tokens = min(chunk_tokens, max(tokens, 1))
         size = min(ROW_TOKENS, chunk_tokens)
-        rows_of = RowBlocks(student, targets, loss, size=size, vocab=shared, like=hidden_ND)
+        rows_of = RowBlocks(hidden_ND, student, targets, loss, size=size, vocab=shared)
         G_CV = hidden_ND.new_empty(chunk_tokens if any(needs) else 0, shared)
         dH_ND = torch.empty_like(hidden_ND) if needs[0] else None
         # One chunk writes its dW; several add to it in float32.
@@ -141,7 +151,7 @@ class _Fused(torch.autograd.Function):
             for start in range(begin, end, ROW_TOKENS):
                 stop = min(start + ROW_TOKENS, end)
                 G_RV = G_CV[start - begin : stop - begin] if any(needs) else None
-                loss_N[start:stop] = rows_of(hidden_ND[start:stop], slice(start, stop), G_RV)
+                loss_N[start:stop] = rows_of(slice(start, stop), G_RV)
             if db_V is not None:
                 db_V[:shared] += G_CV[: end - begin].sum(0, dtype=torch.float32)
             if dH_ND is not None:

@@ -1,11 +1,12 @@
-"""The fused loss of a few tokens: their exact logits, a block of rows at a time, and what the kernels make of them.
+"""The fused loss of a few tokens: their logits, a block of rows at a time, and what the kernels make of them.
 
 Logits and softmax are fp32 always, although the models compute in bf16. R rows (tokens) of a block · r of those in the
-cache · V vocabulary · D hidden channels of the student.
+cache · V vocabulary · D hidden channels of the student, E of the teacher.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,113 +20,138 @@ ROW_TOKENS = 256
 """Tokens whose logits come from one GEMM. Fewer make it slow, more cost memory."""
 CACHED_TOKENS = 16
 """Tokens whose fp32 logits are worked on at once on a CPU, so that its cache holds them between the passes."""
-FAR = 16.0
-"""The student's logits are computed apart from the teacher's where `RowBlocks._is_far` says so. 16 adds at most 0.3 %
-to the error of the gradient; the rounding of G is another 0.3 %."""
-SAMPLED_ROWS = 64
-"""Every so many rows of a head stand for all, where the mean of the logits is wanted roughly."""
+ROUNDING = 16.0
+"""How much the gradient bears of what rounding does to the logits, see `RowBlocks._is_fine`. 16 adds at most 0.3 % to
+its error; the rounding of G is another 0.2 %."""
+CHECKED_TOKENS = 8
+"""Tokens that stand for all of a call in that."""
+LIKELY_IDS = 1024
+"""Ids at most among which the largest logit of a token is sought."""
+
+Rows = slice | Tensor
+"""Rows of the tokens, or their indices."""
 
 
 class Loss(NamedTuple):
-    """What is computed of the logits."""
+    """What is computed of the logits.
+
+    Attributes:
+        label_N: for the cross-entropy; None without one.
+        likely_ids: ids of which many a token's likely ones are some. They save time, the result does not depend on them.
+    """
 
     kernel: Kernel
     temperature: float
     mix: float
     cross_entropy_share: float
     label_N: Tensor | None
+    likely_ids: Tensor
 
 
 class _Logits(NamedTuple):
-    """Logits of R tokens before bias, scale and soft-cap: fp32 in `base`, or the sum of two bf16 (see `_matmul`)."""
+    """Logits before bias, scale and soft-cap, less `shift_R`: fp32 in `base_RV`, or bf16 there and, for what its rounding
+    took off, in `rest_RV`."""
 
     base_RV: Tensor
-    rest_RV: Tensor | None
+    rest_RV: Tensor | None = None
+    shift_R: Tensor | None = None
 
     def rows(self, rows: slice) -> _Logits:
-        return _Logits(self.base_RV[rows], None if self.rest_RV is None else self.rest_RV[rows])
+        return _Logits(*(None if part is None else part[rows] for part in self))
+
+    @property
+    def rounded_RV(self) -> Tensor:
+        """What was rounded: the error is 2⁻⁹ of it."""
+        return self.base_RV if self.rest_RV is None else self.rest_RV
+
+
+class _Side(NamedTuple):
+    """Student or teacher on the rows of a block, and memory for its logits."""
+
+    hidden_RD: Tensor
+    head: Head
+    likely_lD: Tensor
+    memory: _Logits
 
 
 class _Buffers(NamedTuple):
-    """Made once per call: on a CPU a fresh [R, V] costs more in page faults than the arithmetic on it."""
+    """Made once per call: on a CPU a fresh [R, V] costs more in page faults than the arithmetic on it. Student's first."""
 
-    teacher: _Logits
-    student: _Logits
-    t_rV: Tensor
-    s_rV: Tensor
-    p_rV: Tensor
+    logits: list[_Logits]
+    fp32: list[Tensor]
+    spare_rV: Tensor
 
 
 class RowBlocks:
-    """Loss of a row block, float32 [R], and G = ∂loss/∂(u T) of it, written to `G_RV`."""
+    """Loss of a row block, float32 [R], and G = ∂loss/∂(u T) of it, written to `G_RV`.
 
-    def __init__(self, student: Head, targets: Targets, loss: Loss, *, size: int, vocab: int, like: Tensor) -> None:
-        self.student, self.targets, self.loss = student, targets, loss
-        self.buffers = _allocate(size, vocab, like=like)
-        self.near = isinstance(targets, Dense)
-        self.means = [
-            each.weight_VD[::SAMPLED_ROWS].mean(0, dtype=torch.float32)
-            for each in ([targets.head, student] if isinstance(targets, Dense) else [])
-        ]
+    Of the ways to the logits, `_WAYS`, the first is taken whose rounding the gradient bears.
+    """
 
-    def __call__(self, hidden_RD: Tensor, rows: slice, G_RV: Tensor | None) -> Tensor:
-        buffers, count = self.buffers, len(hidden_RD)
-        teacher_logits, base_RV, shift_R = None, None, torch.zeros(())
-        student_buffers = buffers.student.rows(slice(count))
-        if isinstance(self.targets, Dense):
-            weight_VD = self.targets.head.weight_VD
-            teacher_logits = _matmul(self.targets.hidden_NE[rows], weight_VD, buffers.teacher.rows(slice(count)))
-            if self.near and teacher_logits.rest_RV is not None:
-                shift_R = self._shift(hidden_RD, rows)
-                base_RV = torch.sub(teacher_logits.base_RV, shift_R[:, None], out=student_buffers.base_RV)
-        student_logits = _matmul(hidden_RD, self.student.weight_VD, student_buffers, base_RV)
-        loss_R = buffers.t_rV.new_empty(count)
-        for start in range(0, count, len(buffers.t_rV)):
-            part = slice(start, min(start + len(buffers.t_rV), count))
-            self._logits(student_logits.rows(part), self.student, buffers.s_rV[: part.stop - start])
-            if teacher_logits and isinstance(self.targets, Dense):
-                self._logits(teacher_logits.rows(part), self.targets.head, buffers.t_rV[: part.stop - start])
-            if base_RV is not None and start == 0 and self._is_far(part, shift_R):
-                self.near = False
-                return self(hidden_RD, rows, G_RV)
+    def __init__(
+        self, hidden_ND: Tensor, student: Head, targets: Targets, loss: Loss, *, size: int, vocab: int
+    ) -> None:
+        self.targets, self.loss = targets, loss
+        self.sides = [(hidden_ND, student)]
+        if isinstance(targets, Dense):
+            self.sides.append((targets.hidden_NE, targets.head))
+        self.likely = [head.weight_VD[loss.likely_ids] for _, head in self.sides]
+        self.buffers = _allocate(size, vocab, sides=len(self.sides), like=hidden_ND)
+        self.way = self._first_fine_way(len(hidden_ND))
+
+    def __call__(self, rows: slice, G_RV: Tensor | None) -> Tensor:
+        size = len(self.buffers.spare_rV)
+        logits = self.way(self._at(rows))
+        loss_R = self.buffers.spare_rV.new_empty(rows.stop - rows.start)
+        for start in range(0, len(loss_R), size):
+            part = slice(start, min(start + size, len(loss_R)))
             whole = slice(rows.start + part.start, rows.start + part.stop)
-            loss_R[part] = self._part(part.stop - start, whole)
+            loss_R[part], G_rV = self._loss(whole, self._finish([each.rows(part) for each in logits]))
             if G_RV is not None:
-                G_RV[part] = buffers.s_rV[: part.stop - start]
+                G_RV[part] = G_rV
         return loss_R
 
-    def _shift(self, hidden_RD: Tensor, rows: slice) -> Tensor:
-        """By how much the teacher's logits lie above the student's, roughly: the mean over the vocabulary, [R], in the
-        short type. A softmax does not see a shift of all logits, but the rounding of their difference does."""
-        assert isinstance(self.targets, Dense)
-        teacher_E, student_D = self.means
-        shift_R = self.targets.hidden_NE[rows].float() @ teacher_E - hidden_RD.float() @ student_D
-        return shift_R.to(hidden_RD.dtype)
+    def _first_fine_way(self, tokens: int) -> _Way:
+        if self.buffers.logits[0].rest_RV is None or tokens == 0:
+            return _exact
+        some = torch.linspace(0, tokens - 1, min(tokens, CHECKED_TOKENS)).long()
+        return next((way for way in _WAYS[len(self.sides)] if self._is_fine(way, some)), _exact)
 
-    def _is_far(self, part: slice, shift_R: Tensor) -> bool:
-        """Whether 2⁻⁹ of Δ, by which the logits differ, is too coarse beside the gradient: Σ (q Δ)² against Σ (q − p)²
-        of some rows. It is where the student is far away (q − p ends growing, Δ does not), or its logits are shifted
-        against the teacher's in a way that a softmax does not see."""
-        t_rV, s_rV = (buffer[: part.stop] for buffer in (self.buffers.t_rV, self.buffers.s_rV))
-        q_rV = torch.softmax(s_rV, dim=-1)
-        signal = (q_rV - torch.softmax(t_rV, dim=-1)).square().sum()
-        shift_r1 = shift_R[part, None].float() / self.loss.temperature
-        noise = (t_rV - s_rV).sub_(shift_r1).mul_(q_rV).square().sum()
-        return bool(noise > FAR * signal)
+    def _is_fine(self, way: _Way, some: Tensor) -> bool:
+        """Whether 2⁻⁹ of what was rounded, a, is small beside the gradient: Σ (q a)², and Σ (p a)² of the teacher's,
+        against Σ G²."""
+        logits = way(self._at(some))
+        finished = self._finish(logits)
+        noise = torch.zeros(())
+        for each, z_rV, (_, head) in zip(logits, finished, self.sides, strict=True):
+            errors_rV = torch.softmax(z_rV, dim=-1).mul_(each.rounded_RV)
+            noise = noise + errors_rV.mul_(head.scale / self.loss.temperature).square_().sum()
+        _, G_rV = self._loss(some, finished)
+        return bool(noise <= ROUNDING * G_rV.square().sum())
 
-    def _logits(self, logits: _Logits, head: Head, out_rV: Tensor) -> None:
-        spare_rV = self.buffers.p_rV[: len(out_rV)]
-        _finish_logits(logits, head, self.loss.temperature, out=out_rV, spare_rV=spare_rV)
+    def _at(self, rows: Rows) -> list[_Side]:
+        return [
+            _Side(hidden_ND[rows], head, likely_lD, memory.rows(slice(len(hidden_ND[rows]))))
+            for (hidden_ND, head), likely_lD, memory in zip(self.sides, self.likely, self.buffers.logits, strict=True)
+        ]
 
-    def _part(self, count: int, rows: slice) -> Tensor:
-        """Loss of r rows; leaves G in `buffers.s_rV`."""
-        kernel, temperature, mix, share, label_N = self.loss
-        t_rV, s_rV, p_rV = (buffer[:count] for buffer in (self.buffers.t_rV, self.buffers.s_rV, self.buffers.p_rV))
-        softcap = self.student.softcap
+    def _finish(self, logits: Sequence[_Logits]) -> list[Tensor]:
+        """The logits of r rows, divided by the temperature, in the fp32 buffers."""
+        finished = []
+        for each, (_, head), out_rV in zip(logits, self.sides, self.buffers.fp32, strict=True):
+            finished.append(out_rV[: len(each.base_RV)])
+            spare_rV = self.buffers.spare_rV[: len(each.base_RV)]
+            _finish_logits(each, head, self.loss.temperature, out=finished[-1], spare_rV=spare_rV)
+        return finished
+
+    def _loss(self, rows: Rows, finished: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and G of r rows; G lies where the student's logits lay."""
+        kernel, temperature, mix, share, label_N, _ = self.loss
+        s_rV, softcap = finished[0], self.sides[0][1].softcap
         slope_rV = None if softcap is None else 1 - (s_rV * (temperature / softcap)).square_()
         hard = None if label_N is None else kernels.cross_entropy(s_rV * temperature, label_N[rows])
         if isinstance(self.targets, Dense):
-            loss_r = kernel(t_rV, s_rV, p_rV, mix)
+            loss_r = kernel(finished[1], s_rV, self.buffers.spare_rV[: len(s_rV)], mix)
         else:
             loss_r = kernels.sparse_(self.targets, rows, s_rV)
         loss_r = temperature**2 * loss_r
@@ -135,36 +161,71 @@ class RowBlocks:
             s_rV.mul_(1 - share).add_(hard_rV, alpha=share / temperature)
         if slope_rV is not None:
             s_rV.mul_(slope_rV)
-        return loss_r
+        return loss_r, s_rV
 
 
-def _matmul(hidden_RD: Tensor, weight_VD: Tensor, out: _Logits, base_RV: Tensor | None = None) -> _Logits:
-    """hidden @ weightᵀ to fp32 precision, although a CPU's bf16 GEMM rounds its results to bf16.
+_Way = Callable[[list[_Side]], list[_Logits]]
 
-        base = bf16(h Wᵀ),   rest = bf16(h Wᵀ − base),   h Wᵀ ≈ base + rest
 
-    The second GEMM subtracts base inside its fp32 accumulator, so the error is 2⁻⁹ of rest: 2⁻¹⁸ of the logit with
-    its own base. With the teacher's (shifted) as `base_RV` one GEMM is saved, and the error is 2⁻⁹ of the difference
-    between student and teacher, which shrinks as the gradient does. Two bf16 GEMMs take as long as one in fp32
-    (Zen 4) and need no fp32 copy of the head. CUDA writes fp32 in the first place.
-    """
-    if out.rest_RV is None:
+def _shifted(sides: list[_Side]) -> list[_Logits]:
+    """One GEMM each: the logits less their largest, or nearly. Rounding to bf16 takes 2⁻⁹ of that, which is little for
+    the likely ids, and a softmax sees no more of the others than of their probability."""
+    logits = []
+    for hidden_RD, head, likely_lD, memory in sides:
+        shift_R = (hidden_RD @ likely_lD.T).amax(-1)
+        base_RV = memory.base_RV.copy_(shift_R[:, None])
+        logits.append(_Logits(base_RV.addmm_(hidden_RD, head.weight_VD.T, beta=-1), shift_R=shift_R))
+    return logits
+
+
+def _by_difference(sides: list[_Side]) -> list[_Logits]:
+    """Three GEMMs: the teacher's exactly, and of the student's the difference from them, which shrinks as the gradient
+    does. What all logits of a row differ by is taken off first: a softmax does not see it, but its rounding."""
+    student, teacher = sides
+    exact = _exact([teacher])[0]
+    largest_R, above_R = ((side.hidden_RD @ side.likely_lD.T).amax(-1) for side in sides)
+    base_RV = torch.sub(exact.base_RV, (above_R - largest_R)[:, None], out=student.memory.base_RV)
+    return [_Logits(base_RV, _rest(student, base_RV)), exact]
+
+
+def _exact(sides: list[_Side]) -> list[_Logits]:
+    """Two GEMMs each, base = bf16(h Wᵀ) and what its rounding took off, to 2⁻¹⁸ of the logit: as long as one in fp32
+    (Zen 4), and with no fp32 copy of the head. CUDA writes fp32 in the first place."""
+    logits = []
+    for side in sides:
+        hidden_RD, weight_VD, base_RV = side.hidden_RD, side.head.weight_VD, side.memory.base_RV
+        if side.memory.rest_RV is not None:
+            torch.mm(hidden_RD, weight_VD.T, out=base_RV)
+            logits.append(_Logits(base_RV, _rest(side, base_RV)))
+            continue
         if hidden_RD.is_cuda and hidden_RD.dtype != torch.float32:
-            torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32, out=out.base_RV)
+            torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32, out=base_RV)
         else:
-            torch.mm(hidden_RD.float(), weight_VD.T.float(), out=out.base_RV)
-        return out
-    if base_RV is None:
-        base_RV = torch.mm(hidden_RD, weight_VD.T, out=out.base_RV)
-    torch.addmm(base_RV, hidden_RD, weight_VD.T, beta=-1, out=out.rest_RV)
-    return _Logits(base_RV, out.rest_RV)
+            torch.mm(hidden_RD.float(), weight_VD.T.float(), out=base_RV)
+        logits.append(_Logits(base_RV))
+    return logits
+
+
+def _rest(side: _Side, base_RV: Tensor) -> Tensor:
+    """bf16(h Wᵀ − base): the GEMM subtracts inside its fp32 accumulator, so the error is 2⁻⁹ of the rest."""
+    assert side.memory.rest_RV is not None
+    return torch.addmm(base_RV, side.hidden_RD, side.head.weight_VD.T, beta=-1, out=side.memory.rest_RV)
+
+
+_WAYS: dict[int, list[_Way]] = {1: [_shifted], 2: [_shifted, _by_difference]}
+"""Ways to the logits of student alone, and of student and teacher, for a CPU whose bf16 GEMM rounds what it returns to 8
+bits: near the teacher that is more than the gradient. Each has a GEMM more than the one before; the last, if none of
+these is fine enough, is `_exact`."""
 
 
 def _finish_logits(logits: _Logits, head: Head, temperature: float, *, out: Tensor, spare_rV: Tensor) -> None:
-    """Sum of the two parts, bias, scale, soft-cap and temperature, into `out`."""
+    """Sum of the two parts, bias, scale, soft-cap and temperature, into `out`. A shift stays off unless there is a
+    soft-cap: no divergence sees it."""
     out.copy_(logits.base_RV)
     if logits.rest_RV is not None:
         out.add_(spare_rV.copy_(logits.rest_RV))  # adding bf16 to fp32 directly would allocate
+    if logits.shift_R is not None and head.softcap is not None:
+        out.add_(logits.shift_R[:, None])
     if head.bias_V is not None:
         out.add_(head.bias_V)
     if head.scale != 1:
@@ -175,14 +236,14 @@ def _finish_logits(logits: _Logits, head: Head, temperature: float, *, out: Tens
         out.div_(temperature)
 
 
-def _allocate(rows: int, vocab: int, *, like: Tensor) -> _Buffers:
+def _allocate(rows: int, vocab: int, *, sides: int, like: Tensor) -> _Buffers:
     on_cpu = like.device.type == "cpu"
     two_parts = on_cpu and like.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
     dtype = torch.bfloat16 if two_parts else torch.float32
-    teacher, student = (
+    logits = [
         _Logits(like.new_empty(rows, vocab, dtype=dtype), like.new_empty(rows, vocab) if two_parts else None)
-        for _ in range(2)
-    )
+        for _ in range(sides)
+    ]
     cached = min(rows, CACHED_TOKENS) if on_cpu else rows
-    t_rV, s_rV, p_rV = (like.new_empty(cached, vocab, dtype=torch.float32) for _ in range(3))
-    return _Buffers(teacher, student, t_rV, s_rV, p_rV)
+    *fp32, spare_rV = (like.new_empty(cached, vocab, dtype=torch.float32) for _ in range(sides + 1))
+    return _Buffers(logits, fp32, spare_rV)
