@@ -3,12 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from prunus import fused, losses
+from prunus import fused, losses, row_blocks
 from prunus.head import Dense, Head
 from prunus.kernels import KERNELS, Samples, TopK
 
@@ -299,6 +300,82 @@ def test_bf16_gradients_are_within_half_a_percent(distance: float, shift: float,
         assert (got.double() - reference).norm() / reference.norm() < 0.005
 
 
+def like_text(distance: float) -> tuple[tuple[Tensor, Head, Tensor, Head], Tensor]:
+    """The same with a teacher that is sure of a few ids, as on text, and those ids."""
+    _, _, teacher_hidden, teacher = near_teacher(0.0)
+    labels = torch.randint(len(teacher.weight_VD), (len(teacher_hidden),))
+    teacher_hidden = (teacher_hidden * 0.3 + teacher.weight_VD[labels] * 0.6).bfloat16()
+    hidden, weight = (
+        (value.float() + distance * value.float().std() * torch.randn(value.shape)).bfloat16().requires_grad_()
+        for value in (teacher_hidden, teacher.weight_VD)
+    )
+    return (hidden, Head(weight), teacher_hidden, teacher), labels
+
+
+WAYS = [row_blocks._shifted, row_blocks._by_difference, row_blocks._exact]
+needs_bf16 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU's GEMMs are in float32")
+
+
+@needs_bf16
+@pytest.mark.parametrize(("distance", "cheapest"), [(0.3, 0), (0.03, 1), (0.0, 2)])
+def test_the_cheapest_way_to_the_logits_that_is_fine_enough(
+    distance: float, cheapest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, labels = like_text(distance)
+    taken: list[Callable[..., object]] = []
+    choose = row_blocks.RowBlocks._first_fine_way
+    monkeypatch.setattr(
+        row_blocks.RowBlocks, "_first_fine_way", lambda *given: taken.append(choose(*given)) or taken[-1]
+    )
+    fused_loss(*inputs, num_tokens=192, label_N=labels)
+    assert taken == [WAYS[cheapest]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_each_way_to_the_logits(way: object, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_blocks.RowBlocks, "_first_fine_way", lambda *_: way)
+    inputs, labels = like_text(0.3)
+    loss = fused_loss(*inputs, kind, num_tokens=192, chunk_tokens=100, mix=0.3, label_N=labels)
+    expected_loss, expected = oracle(*inputs, kind)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-3)
+    for got, reference in zip(gradients(loss, *inputs[:2]), expected, strict=True):
+        assert (got.double() - reference).norm() / reference.norm() < 0.005
+
+
+@pytest.mark.parametrize("head", [{"softcap": 20.0}, {"scale": 0.7}, {"bias_V": torch.randn(3000)}])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_bf16_with_softcap_scale_bias_and_temperature(head: dict[str, object], temperature: float) -> None:
+    (hidden, student, teacher_hidden, teacher), labels = like_text(0.3)
+    inputs = hidden, dataclasses.replace(student, **head), teacher_hidden, dataclasses.replace(teacher, **head)
+    exact_hidden, exact_weight = (value.detach().double().requires_grad_() for value in (hidden, student.weight_VD))
+    exact = (
+        exact_hidden,
+        dataclasses.replace(inputs[1], weight_VD=exact_weight),
+        teacher_hidden.double(),
+        dataclasses.replace(inputs[3], weight_VD=teacher.weight_VD.double()),
+    )
+    settings = {"num_tokens": 192, "temperature": temperature}
+    loss, reference = fused_loss(*inputs, label_N=labels, **settings), naive(*exact, **settings)
+    assert loss.item() == pytest.approx(reference.item(), rel=2e-3)
+    expected = gradients(reference, exact_hidden, Head(exact_weight))
+    for got, wanted in zip(gradients(loss, hidden, student), expected, strict=True):
+        assert (got.double() - wanted).norm() / wanted.norm() < 0.005
+
+
+@pytest.mark.parametrize("which", ["top_k", "samples"])
+def test_sparse_targets_in_bf16(which: str) -> None:
+    (hidden, student, teacher_hidden, teacher), labels = like_text(0.3)
+    targets = sparse_targets(teacher_hidden, teacher, 1.0, 12)[which]
+    loss = fused.divergence("forward_kl", hidden, student, targets, num_tokens=192, label_N=labels)
+    exact_hidden, exact_weight = (value.detach().float().requires_grad_() for value in (hidden, student.weight_VD))
+    reference = naive_sparse(losses.head_logits(exact_hidden, exact_weight), targets, num_tokens=192)
+    assert loss.item() == pytest.approx(reference.item(), rel=2e-3)
+    expected = gradients(reference, exact_hidden, Head(exact_weight))
+    for got, wanted in zip(gradients(loss, hidden, student), expected, strict=True):
+        assert (got.float() - wanted).norm() / wanted.norm() < 0.005
+
+
 def test_fp32_head_under_bf16_hidden_states_gets_an_fp32_gradient() -> None:
     hidden, student, teacher_hidden, teacher = inputs = near_teacher(0.1)
     master = Head(student.weight_VD.detach().float().requires_grad_())
@@ -317,7 +394,7 @@ def test_two_runs_agree_bitwise() -> None:
 
 GROWTH = """
 import pathlib, re, torch
-from prunus import fused, losses
+from prunus import fused, losses, row_blocks
 from prunus.head import Dense, Head
 hidden, teacher_hidden = (torch.randn(1024, 32).bfloat16() for _ in range(2))
 student, teacher = (torch.randn(20000, 32).bfloat16() for _ in range(2))

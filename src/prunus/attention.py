@@ -126,11 +126,12 @@ def _probabilities(q_MCD: Tensor, k_MKD: Tensor, mask: Tensor | None, rows: slic
     tokens = rows.stop - rows.start
     lowest = torch.finfo(scores_MCK.dtype).min  # not −inf: a row without any key (padding) must not become NaN
     scores_BGRcK = scores_MCK.view(-1, groups, scores_MCK.shape[1] // tokens, tokens, rows.stop)
+    # Adding costs a quarter of filling by a mask.
     if mask is None:
-        # Adding costs a quarter of filling by a mask.
         scores_BGRcK[..., rows.start :].add_(scores_MCK.new_full((tokens, tokens), lowest).triu_(1))
     else:
-        scores_BGRcK.masked_fill_(~mask[:, :, None, rows, : rows.stop], lowest)
+        hidden_B1cK = ~mask[:, :, rows, : rows.stop]
+        scores_BGRcK.add_(scores_MCK.new_zeros(hidden_B1cK.shape).masked_fill_(hidden_B1cK, lowest)[:, :, None])
     return torch.softmax(scores_MCK, dim=-1)
 
 

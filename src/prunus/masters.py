@@ -38,6 +38,7 @@ class Masters:
             value.requires_grad_(True)
             value.grad = torch.zeros_like(value)
         hardware.place(model, dtype=dtype)
+        _let_embeddings_be_sparse(model)
         self.copies = {name: copy for name, copy in model.named_parameters() if name in values}
         self.stale = set(values)
         for name, copy in self.copies.items():
@@ -118,12 +119,24 @@ def _hand_over(copy: Tensor, *, to: Tensor, name: str, stale: set[str]) -> None:
     """Move the gradient of a rounded copy to its master: in place of a stale one, or onto it."""
     assert to.grad is not None
     assert copy.grad is not None
-    if name in stale:
+    if copy.grad.is_sparse:
+        if name in stale:
+            to.grad.zero_()
+        to.grad.index_add_(0, copy.grad._indices()[0], copy.grad._values().to(to.dtype))
+    elif name in stale:
         to.grad.copy_(copy.grad)
-        stale.discard(name)
     else:
         to.grad.add_(copy.grad)
+    stale.discard(name)
     copy.grad = None
+
+
+def _let_embeddings_be_sparse(model: nn.Module) -> None:
+    """The gradient of an embedding is that of the tokens' rows. Where the head is tied, autograd adds them to the head's
+    gradient in place; dense, it would be a pass over zeros and another to add them."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight.device.type == "cpu":
+            module.sparse = True
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
