@@ -28,8 +28,8 @@ check: .venv/installed
 # The demo comes first, and then its shape from random weights on the same tokens.
 bench: demo
 	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL) --baseline
-	$(BIN)/python benchmarks/head_loss.py
-	$(BIN)/python benchmarks/head_loss.py --threads 1
+	$(BIN)/python benchmarks/head_loss.py $(MODEL) demo/run/3-pruned demo/run/0-text/heldout
+	$(BIN)/python benchmarks/head_loss.py $(MODEL) demo/run/3-pruned demo/run/0-text/heldout --threads 1
 	$(BIN)/python benchmarks/head_loss.py --memory
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
