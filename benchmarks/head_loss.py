@@ -42,7 +42,7 @@ Method = Callable[..., Tensor | None]
 
 
 def from_models(model: str, student: str, text: str) -> dict[str, Inputs]:
-    """A far and a near student: hidden states, student's head, teacher's hidden states and head, in bf16, and labels."""
+    """A far and a near student: its hidden states and head, the teacher's, in bf16, and labels."""
     teacher = pr.load(model)
     tokens = load_blocks(Path(text)).batch(range(BLOCKS))[0]
     states = []

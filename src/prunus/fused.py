@@ -89,8 +89,8 @@ def divergence(
 
 
 def _likely_ids(label_N: Tensor | None, vocab: int, device: torch.device) -> Tensor:
-    """What follows one token of a text is likely behind others too. Without labels, the first ids: tokenizers give them to
-    frequent words."""
+    """What follows one token of a text is likely behind others too. Without labels, the first ids: tokenizers give them
+    to frequent words."""
     ids = torch.arange(vocab, device=device) if label_N is None else label_N.unique()
     return ids[ids < vocab][:LIKELY_IDS]
 

@@ -132,8 +132,8 @@ def _hand_over(copy: Tensor, *, to: Tensor, name: str, stale: set[str]) -> None:
 
 
 def _let_embeddings_be_sparse(model: nn.Module) -> None:
-    """The gradient of an embedding is that of the tokens' rows. Where the head is tied, autograd adds them to the head's
-    gradient in place; dense, it would be a pass over zeros and another to add them."""
+    """The gradient of an embedding is that of the tokens' rows. Where the head is tied, autograd adds them to the
+    head's gradient in place; dense, it would be a pass over zeros and another to add them."""
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.device.type == "cpu":
             module.sparse = True

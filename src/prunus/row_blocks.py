@@ -37,7 +37,7 @@ class Loss(NamedTuple):
 
     Attributes:
         label_N: for the cross-entropy; None without one.
-        likely_ids: ids of which many a token's likely ones are some. They save time, the result does not depend on them.
+        likely_ids: ids among which a token's likely ones may be. They save time, the result does not depend on them.
     """
 
     kernel: Kernel
@@ -49,8 +49,8 @@ class Loss(NamedTuple):
 
 
 class _Logits(NamedTuple):
-    """Logits before bias, scale and soft-cap, less `shift_R`: fp32 in `base_RV`, or bf16 there and, for what its rounding
-    took off, in `rest_RV`."""
+    """Logits before bias, scale and soft-cap, less `shift_R`: fp32 in `base_RV`, or bf16 there and, for what its
+    rounding took off, in `rest_RV`."""
 
     base_RV: Tensor
     rest_RV: Tensor | None = None
@@ -75,7 +75,8 @@ class _Side(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    """Made once per call: on a CPU a fresh [R, V] costs more in page faults than the arithmetic on it. Student's first."""
+    """Made once per call: on a CPU a fresh [R, V] costs more in page faults than the arithmetic on it. The student's
+    come first."""
 
     logits: list[_Logits]
     fp32: list[Tensor]
@@ -213,8 +214,8 @@ def _rest(side: _Side, base_RV: Tensor) -> Tensor:
 
 
 _WAYS: dict[int, list[_Way]] = {1: [_shifted], 2: [_shifted, _by_difference]}
-"""Ways to the logits of student alone, and of student and teacher, for a CPU whose bf16 GEMM rounds what it returns to 8
-bits: near the teacher that is more than the gradient. Each has a GEMM more than the one before; the last, if none of
+"""Ways to the logits of student alone, and of student and teacher, for a CPU whose bf16 GEMM rounds what it returns to
+8 bits: near the teacher that is more than the gradient. Each has a GEMM more than the one before; the last, if none of
 these is fine enough, is `_exact`."""
 
 
