@@ -79,13 +79,17 @@ def divergence(
         for value in (hidden_ND, student.weight_VD, student.bias_V)
     ]
     labels = label_N if cross_entropy_share else None
-    shared = min([len(student.weight_VD), *([len(targets.head.weight_VD)] if isinstance(targets, Dense) else [])])
-    likely_ids = _likely_ids(label_N, shared, hidden_ND.device)
+    likely_ids = _likely_ids(label_N, _shared_vocab(student, targets), hidden_ND.device)
     loss = Loss(KERNELS[kind], temperature, mix, cross_entropy_share, labels, likely_ids)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here, op by op
         return _Fused.apply(
             hidden_ND, student.weight_VD, student.bias_V, student, targets, loss, needs, num_tokens, chunk_tokens
         )
+
+
+def _shared_vocab(student: Head, targets: Targets) -> int:
+    mine = len(student.weight_VD)
+    return min(mine, len(targets.head.weight_VD)) if isinstance(targets, Dense) else mine
 
 
 def _likely_ids(label_N: Tensor | None, vocab: int, device: torch.device) -> Tensor:
@@ -127,9 +131,8 @@ class _Fused(torch.autograd.Function):
         chunk_tokens: int,
     ) -> Tensor:
         tokens, dtype = len(hidden_ND), hidden_ND.dtype
-        shared = len(weight_VD)
+        shared = _shared_vocab(student, targets)
         if isinstance(targets, Dense):
-            shared = min(shared, len(targets.head.weight_VD))
             targets = Dense(targets.hidden_NE.detach().to(dtype), _read(targets.head, shared, dtype))
         student = _read(student, shared, dtype)
         chunk_tokens = min(chunk_tokens, max(tokens, 1))

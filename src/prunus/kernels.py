@@ -19,6 +19,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(teacher's logits t, student's logits s, spare memory, mix), float32 [r, V] and divided by T → the loss of each row,
 [r]. Leaves the loss's gradient to s in s, and may spend t and the spare memory."""
 
+Rows = slice | Tensor
+"""Rows of the tokens, or their indices."""
+
 
 def _forward_kl_(t_rV: Tensor, s_rV: Tensor, p_rV: Tensor, mix: float) -> Tensor:
     """KL = Σ_v p (t − s) − lse(t) + lse(s), G = q − p.
@@ -137,7 +140,7 @@ class Samples:
         return Samples(self.ids_NK[mask_N])
 
 
-def sparse_(targets: TopK | Samples, rows: slice, s_rV: Tensor) -> Tensor:
+def sparse_(targets: TopK | Samples, rows: Rows, s_rV: Tensor) -> Tensor:
     """Loss of each row, [r]; leaves its gradient to s in s.
 
     Samples: G = q − counts / K. TopK: q_i − p_i inside, q_j (1 − p_tail / q_tail) outside.

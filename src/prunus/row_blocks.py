@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunus import kernels
 from prunus.head import Dense, Head, Targets
-from prunus.kernels import Kernel
+from prunus.kernels import Kernel, Rows
 
 ROW_TOKENS = 512
 """Tokens whose logits come from one GEMM. Fewer make it slow, more cost memory."""
@@ -27,9 +27,6 @@ CHECKED_TOKENS = 16
 """Tokens that stand for all of a call in that."""
 LIKELY_IDS = 1024
 """Ids at most among which the largest logit of a token is sought."""
-
-Rows = slice | Tensor
-"""Rows of the tokens, or their indices."""
 
 
 class Loss(NamedTuple):
@@ -57,7 +54,8 @@ class _Logits(NamedTuple):
     shift_R: Tensor | None = None
 
     def rows(self, rows: slice) -> _Logits:
-        return _Logits(*(None if part is None else part[rows] for part in self))
+        rest_RV, shift_R = (None if part is None else part[rows] for part in self[1:])
+        return _Logits(self.base_RV[rows], rest_RV, shift_R)
 
     @property
     def rounded_RV(self) -> Tensor:
