@@ -363,6 +363,15 @@ def test_bf16_with_softcap_scale_bias_and_temperature(head: dict[str, object], t
         assert (got.double() - wanted).norm() / wanted.norm() < 0.005
 
 
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+def test_chunks_of_any_size_in_bf16(chunk_tokens: int) -> None:
+    inputs, labels = like_text(0.3)
+    loss = fused_loss(*inputs, num_tokens=192, chunk_tokens=chunk_tokens, label_N=labels)
+    _, expected = oracle(*inputs)
+    for got, reference in zip(gradients(loss, *inputs[:2]), expected, strict=True):
+        assert (got.double() - reference).norm() / reference.norm() < 0.005
+
+
 @pytest.mark.parametrize("which", ["top_k", "samples"])
 def test_sparse_targets_in_bf16(which: str) -> None:
     (hidden, student, teacher_hidden, teacher), labels = like_text(0.3)

@@ -113,7 +113,7 @@ class RowBlocks:
     def _first_fine_way(self, tokens: int) -> _Way:
         if self.buffers.logits[0].rest_RV is None or tokens == 0:
             return _exact
-        some = torch.linspace(0, tokens - 1, min(tokens, CHECKED_TOKENS)).long()
+        some = torch.linspace(0, tokens - 1, min(tokens, CHECKED_TOKENS, len(self.buffers.spare_rV))).long()
         return next((way for way in _WAYS[len(self.sides)] if self._is_fine(way, some)), _exact)
 
     def _is_fine(self, way: _Way, some: Tensor) -> bool:
