@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from prunus import losses
 from prunus.head import Dense, Head, Targets
 from prunus.kernels import KERNELS, TopK
-from prunus.row_blocks import LIKELY_IDS, ROW_TOKENS, Loss, RowBlocks
+from prunus.row_blocks import LIKELY_IDS, ROW_TOKENS, Loss, RowBlocks, rounds
 
 CHUNK_TOKENS = 1024
 """Tokens whose G is kept at once. Fewer cost passes over the [V, D] gradient of the head, more cost memory."""
@@ -79,7 +79,9 @@ def divergence(
         for value in (hidden_ND, student.weight_VD, student.bias_V)
     ]
     labels = label_N if cross_entropy_share else None
-    likely_ids = _likely_ids(label_N, _shared_vocab(student, targets), hidden_ND.device)
+    likely_ids = torch.empty(0, dtype=torch.int64, device=hidden_ND.device)
+    if rounds(hidden_ND):
+        likely_ids = _likely_ids(label_N, _shared_vocab(student, targets))
     loss = Loss(KERNELS[kind], temperature, mix, cross_entropy_share, labels, likely_ids)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here, op by op
         return _Fused.apply(
@@ -92,10 +94,10 @@ def _shared_vocab(student: Head, targets: Targets) -> int:
     return min(mine, len(targets.head.weight_VD)) if isinstance(targets, Dense) else mine
 
 
-def _likely_ids(label_N: Tensor | None, vocab: int, device: torch.device) -> Tensor:
+def _likely_ids(label_N: Tensor | None, vocab: int) -> Tensor:
     """What follows one token of a text is likely behind others too. Without labels, the first ids: tokenizers give them
     to frequent words."""
-    ids = torch.arange(vocab, device=device) if label_N is None else label_N.unique()
+    ids = torch.arange(vocab) if label_N is None else label_N.unique()
     return ids[ids < vocab][:LIKELY_IDS]
 
 

@@ -21,8 +21,8 @@ ROW_TOKENS = 512
 CACHED_TOKENS = 16
 """Tokens whose fp32 logits are worked on at once on a CPU, so that its cache holds them between the passes."""
 ROUNDING = 6.0
-"""How much the gradient bears of what rounding does to the logits, see `RowBlocks._is_fine`: r adds 0.0015 √r to its
-error at most, on real states 0.0009 √r. The rounding of G is another 0.002."""
+"""How much the gradient bears of what rounding does to the logits, see `RowBlocks._is_fine`: r adds about 0.0015 √r
+to its error. The rounding of G is another 0.002."""
 CHECKED_TOKENS = 64
 """Tokens that stand for all of a call in that. The gradient is that of a few tokens mostly, so that of 16 it would be
 underestimated mostly."""
@@ -35,7 +35,7 @@ class Loss(NamedTuple):
 
     Attributes:
         label_N: for the cross-entropy; None without one.
-        likely_ids: ids among which a token's likely ones may be. They save time, the result does not depend on them.
+        likely_ids: ids among which a token's likely ones may be; read where a GEMM `rounds`. They save time.
     """
 
     kernel: Kernel
@@ -239,14 +239,18 @@ def _finish_logits(logits: _Logits, head: Head, temperature: float, *, out: Tens
         out.div_(temperature)
 
 
+def rounds(like: Tensor) -> bool:
+    """Whether a GEMM of such tensors returns bf16, and nothing finer can be had of it."""
+    return like.device.type == "cpu" and like.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+
+
 def _allocate(rows: int, vocab: int, *, sides: int, like: Tensor) -> _Buffers:
-    on_cpu = like.device.type == "cpu"
-    two_parts = on_cpu and like.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    two_parts = rounds(like)
     dtype = torch.bfloat16 if two_parts else torch.float32
     logits = [
         _Logits(like.new_empty(rows, vocab, dtype=dtype), like.new_empty(rows, vocab) if two_parts else None)
         for _ in range(sides)
     ]
-    cached = min(rows, CACHED_TOKENS) if on_cpu else rows
+    cached = min(rows, CACHED_TOKENS) if like.device.type == "cpu" else rows
     *fp32, spare_rV = (like.new_empty(cached, vocab, dtype=torch.float32) for _ in range(sides + 1))
     return _Buffers(logits, fp32, spare_rV)
