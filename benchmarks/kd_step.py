@@ -37,6 +37,7 @@ from torch import Tensor
 import prunus as pr
 from prunus import hardware, layerwise
 from prunus.checkpoint import Checkpoint
+from prunus.frozen import freeze
 from prunus.masters import Masters
 from prunus.schedule import Settings, plan
 from prunus.step import Losses, accumulate
@@ -60,11 +61,8 @@ def ours(
     compiled: bool = False,
 ) -> Step:
     hardware.keep_freed_memory()
-    source: Teacher
-    if cache:
-        source = open_cache(Path(os.environ["CACHES"]) / cache)
-    else:
-        source = Live(teacher.module(dtype).requires_grad_(False))
+    cached = Path(os.environ["CACHES"]) / cache if cache else None
+    source: Teacher = open_cache(cached) if cached else Live(freeze(teacher.module(dtype)))
     settings = Settings(batch_tokens=TOKENS)
     schedule = plan(settings, hidden=student.architecture.hidden, num_blocks=len(blocks), block_size=BLOCK_SIZE)
     model = student.module(torch.float32)

@@ -66,7 +66,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         groups = k_BGSD.shape[1]
-        q_BGRSD, k_MSD, v_MSD = _grouped(q_BASD * scale, groups), k_BGSD.flatten(0, 1), v_BGSD.flatten(0, 1)
+        q_BGRSD, v_MSD = _grouped(q_BASD, groups), v_BGSD.flatten(0, 1)
+        k_MSD = (k_BGSD * scale).flatten(0, 1)  # the smaller of the two to be scaled
         batch, heads, length, _ = q_BASD.shape
         kept = []
         out_BSAD = q_BASD.new_empty(batch, length, heads, v_BGSD.shape[-1])
@@ -99,7 +100,7 @@ class _Attend(torch.autograd.Function):
             dk_MSD[:, : rows.stop].baddbmm_(ds_MCK.transpose(1, 2), q_MCD)
             dq_BSAD[:, rows] = _heads(torch.bmm(ds_MCK, k_MKD), batch, heads).transpose(1, 2)
         dk_BGSD, dv_BGSD = (part_MSD.unflatten(0, (batch, groups)) for part_MSD in (dk_MSD, dv_MSD))
-        return dq_BSAD.mul_(ctx.scale).transpose(1, 2), dk_BGSD, dv_BGSD, None, None
+        return dq_BSAD.transpose(1, 2), dk_BGSD.mul_(ctx.scale), dv_BGSD, None, None
 
 
 def _chunks(length: int) -> list[slice]:

@@ -25,6 +25,7 @@ from prunus import hardware, hidden, layerwise, memory, parallel
 from prunus.checkpoint import Checkpoint, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
+from prunus.frozen import freeze
 from prunus.masters import Masters, ShardedMasters
 from prunus.schedule import Plan, Settings, learning_rate, plan
 from prunus.step import STUDENT, Losses, accumulate, hidden_weight
@@ -268,7 +269,7 @@ def _opened(teacher: Checkpoint | Cache | None, dtype: torch.dtype, device: torc
     if not isinstance(teacher, Checkpoint):
         return teacher or Text()
     if not parallel.world().several:
-        return Live(teacher.module(dtype, device).requires_grad_(False))
+        return Live(freeze(teacher.module(dtype, device)))
     live = Live(teacher.module(dtype).requires_grad_(False))
     parallel.shard(live, live.model, dtype)
     return live

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from prunus import hardware
 from prunus.families import Branch
+from prunus.frozen import is_frozen
 
 
 class TokenBlocks(Protocol):
@@ -61,9 +62,11 @@ def body(model: PreTrainedModel) -> Any:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """torch.compile layer by layer: they share one compilation, which a whole model would not."""
-    for layer in body(model).layers:
-        layer.compile()
+    """torch.compile layer by layer: they share one compilation, which a whole model would not. Frozen ones stay as
+    they are: torch.compile cannot read their weights, and would gain no more than they have."""
+    if not is_frozen(model):
+        for layer in body(model).layers:
+            layer.compile()
 
 
 def enter(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor) -> Batch:

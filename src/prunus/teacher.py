@@ -30,6 +30,7 @@ from prunus import hardware
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BadData, BadOutput
 from prunus.files import atomic_file, save_file
+from prunus.frozen import freeze
 from prunus.head import Dense, Head, Targets, head_of
 from prunus.kernels import Samples, TopK
 from prunus.text import Blocks
@@ -182,7 +183,7 @@ def write_cache(
     missing = cache.missing_shards()
     if missing or (manifest.kind == "hidden" and not (to / HEAD).is_file()):
         hardware.keep_freed_memory()
-        model = teacher.module(getattr(torch, manifest.dtype), hardware.device()).requires_grad_(False)
+        model = freeze(teacher.module(getattr(torch, manifest.dtype), hardware.device()))
         if manifest.kind == "hidden":
             _write_head(model, to / HEAD)
         for number in missing:
