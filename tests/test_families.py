@@ -5,10 +5,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus as pr
-from prunus import architecture, cost
+from prunus import architecture, cost, dims
 from prunus.errors import BadRecipe, UnsupportedModel
 from prunus.families import family_of, known_families
-from prunus.families.family import UNITS
 
 
 def test_counted_parameters_are_the_real_ones(teacher):
@@ -21,7 +20,8 @@ def test_counted_parameters_are_the_real_ones(teacher):
 
 def test_every_parameter_has_a_rule_and_every_rule_a_known_unit(teacher):
     assert all(teacher.family.units(name) for name, _ in teacher.module().named_parameters())
-    assert {unit for units in teacher.layout.values() for unit in units} <= set(UNITS)
+    formulas = {formula for formulas in teacher.layout.values() for formula in formulas}
+    assert {name for formula in formulas for name in dims.names(formula)} <= set(teacher.architecture)
 
 
 def test_reads_and_writes_agree_with_the_tensor_parallel_plan(teacher):

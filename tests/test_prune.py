@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,29 +34,23 @@ def logits(model: torch.nn.Module, blocks: "object") -> Tensor:
         return model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
 
 
-def masked(teacher: Checkpoint, kept: Kept) -> torch.nn.Module:
-    """The teacher at full size, with everything that is not kept set to zero."""
-    model, sizes = teacher.module(torch.float32), teacher.architecture
-
-    def gone(indices: list[int], size: int) -> Tensor:
-        return torch.tensor([i for i in range(size) if i not in indices], dtype=torch.long)
-
-    hidden = gone(kept.hidden, sizes.hidden)
-    head_columns = torch.arange(sizes.heads * sizes.head_dim).view(sizes.heads, sizes.head_dim)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, hidden] = 0
-        for index, layer in enumerate(model.model.layers):
-            writes = (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)
-            for write in writes:
-                write[hidden] = 0
-            if index not in kept.layers:
-                for write in writes:
-                    write.zero_()
-                continue
-            number = kept.layers.index(index)
-            writes[0][:, head_columns[gone(kept.heads[number], sizes.heads)].flatten()] = 0
-            writes[1][:, gone(kept.ffn[number], sizes.ffn)] = 0
-    return model
+def masked(teacher: Checkpoint, kept: Kept, folder: Path) -> Checkpoint:
+    """The teacher at full size, with everything that is not kept set to zero in every weight."""
+    tensors = {}
+    for name, tensor in teacher.tensors():
+        layer, _ = teacher.family.split(name)
+        if layer is not None and layer not in kept.layers:
+            tensors[name] = torch.zeros_like(tensor)
+            continue
+        number = 0 if layer is None else kept.layers.index(layer)
+        stays = torch.ones_like(tensor)
+        for dim, formula in enumerate(teacher.layout[name]):
+            index = kept.index(formula, number, teacher.architecture)
+            if index is not None:
+                gone = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill_(0, index, False)
+                stays.index_fill_(dim, gone.nonzero().flatten(), 0)
+        tensors[name] = tensor * stays
+    return save(folder, teacher.config, tensors, like=teacher)
 
 
 @pytest.mark.parametrize("axis", CUTS)
@@ -63,15 +58,13 @@ def test_masked_teacher_equals_saved_and_reloaded_student(teacher, blocks, axis,
     target = teacher.architecture.replace(**CUTS[axis])
     scores = score(measure(teacher, blocks))
     kept = select(scores, teacher.architecture, target)
-    mask = masked(teacher, kept)
-    mask.save_pretrained(tmp_path / "masked")
-    masked_teacher = pr.load(tmp_path / "masked")
+    masked_teacher = masked(teacher, kept, tmp_path / "masked")
     # The masked model is measured itself: its dropped channels hold no energy, which the norm correction must see.
     energies = score(measure(masked_teacher, blocks)).energies
     scores = dataclasses.replace(scores, energies=energies)
     student = prune(masked_teacher, scores, target, to=tmp_path / "student")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
-    expected, actual = logits(mask, blocks), logits(reloaded, blocks)
+    expected, actual = logits(masked_teacher.module(), blocks), logits(reloaded, blocks)
     assert json.loads((tmp_path / "student" / KEPT_FILE).read_text())["kept"] == vars(kept)
     assert (actual - expected).norm() / expected.norm() < 1e-4
     if axis == "hidden":  # what slicing alone does to the norms is no rounding error
@@ -147,7 +140,8 @@ def test_a_checkpoint_that_loads_otherwise_is_not_kept(llama, tmp_path):
     """Biases that the config does not announce: transformers would leave them out without a word."""
     sizes = llama.architecture
     biases = {
-        f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(sizes.size("heads")) for layer in range(sizes.layers)
+        f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(sizes.heads * sizes.head_dim)
+        for layer in range(sizes.layers)
     }
     with pytest.raises(BadCheckpoint, match=r"q_proj\.bias otherwise"):
         save(tmp_path / "out", llama.config, dict(llama.tensors()) | biases, like=llama)

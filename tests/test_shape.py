@@ -12,7 +12,7 @@ import prunus as pr
 
 PACKAGE = Path(pr.__file__).parent
 LAYERS = """
-    errors architecture families.family families._decoder families
+    errors dims architecture families.family families._decoder families
     families.gemma3_text families.llama families.mistral families.qwen2 families.qwen3
     cost files attention norms hardware frozen layerwise parallel checkpoint documents text scores measure importance
     selection repair refit prune losses kernels head row_blocks fused evaluate tasks

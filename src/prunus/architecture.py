@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prunus.errors import BadRecipe
@@ -13,39 +12,39 @@ AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
 """What can be cut. `head_dim` and `vocab` are sizes, but not axes of a cut."""
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class Architecture:
-    """Sizes of a decoder whose layers all have the same shape.
+class Architecture(Mapping[str, int]):
+    """Sizes of a decoder by name; also as attributes. Equal and hashed by its sizes.
 
-    Attributes:
-        layers: decoder layers.
-        hidden: channels of the residual stream.
-        ffn: neurons of each feed-forward block.
-        heads: query heads of each layer.
-        kv_heads: key-value groups of each layer; divides `heads`.
-        head_dim: channels per head. Always explicit: runtimes that derive it break on pruned models.
-        vocab: rows of the embedding.
+    layers, hidden (channels of the residual stream), ffn (neurons of a feed-forward block), heads, kv_heads (of a
+    layer), head_dim and vocab; and what a family adds, see its `fields`. head_dim is always explicit: runtimes that
+    derive it break on pruned models.
     """
 
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
+    def __init__(self, **sizes: int) -> None:
+        self._sizes = sizes
 
-    def size(self, unit: str) -> int:
-        """Length of a weight dimension tagged `unit` (see `families.family.UNITS`)."""
-        if unit in ("heads", "kv_heads"):
-            return getattr(self, unit) * self.head_dim
-        return getattr(self, unit)
+    def __getitem__(self, name: str) -> int:
+        return self._sizes[name]
+
+    def __getattr__(self, name: str) -> int:
+        if name.startswith("_") or name not in self._sizes:
+            raise AttributeError(f"an architecture without {name!r}")
+        return self._sizes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._sizes.items()))
 
     def replace(self, **sizes: int) -> Architecture:
-        return dataclasses.replace(self, **sizes)
+        return Architecture(**self._sizes | sizes)
 
     def axes(self) -> dict[str, int]:
-        return {axis: getattr(self, axis) for axis in AXES}
+        return {axis: self[axis] for axis in AXES if axis in self}
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={size}" for axis, size in self.axes().items())
@@ -80,7 +79,7 @@ def to_config(
         layer_count_fields: keys that hold "the first n layers"; n is recounted among the kept layers.
     """
     cut = dict(config)
-    cut |= {key: getattr(target, size) for size, key in fields.items()}
+    cut |= {key: target[size] for size, key in fields.items() if size in target}
     for key in per_layer_fields:
         if cut.get(key) is not None:
             cut[key] = [config[key][i] for i in kept_layers]
@@ -105,10 +104,8 @@ def parse(text: str, teacher: Architecture) -> Architecture:
             mistakes.append(f"arch: unknown axis {axis!r}; {hint}")
         elif not value.isdigit() or int(value) < 1:
             mistakes.append(f"arch: {axis} must be a whole number of at least 1, not {value!r}")
-        elif int(value) > getattr(teacher, axis):
-            mistakes.append(
-                f"arch: {axis}={value} is larger than the teacher's {getattr(teacher, axis)}; pruning only removes"
-            )
+        elif int(value) > teacher[axis]:
+            mistakes.append(f"arch: {axis}={value} is larger than the teacher's {teacher[axis]}; pruning only removes")
         else:
             sizes[axis] = int(value)
     if mistakes:

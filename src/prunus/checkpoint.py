@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prunus import cost, hardware
+from prunus import cost, dims, hardware
 from prunus.architecture import Architecture, from_config
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, family_of
@@ -268,7 +268,7 @@ def _check_rules(name: str, family: Family, architecture: Architecture, shapes: 
     wrong = {
         tensor: shape
         for tensor, shape in shapes.items()
-        if shape != tuple(architecture.size(unit) for unit in family.units(tensor) or ())
+        if shape != tuple(dims.size(unit, architecture) for unit in family.units(tensor) or ())
     }
     if wrong:
         tensor, shape = next(iter(wrong.items()))

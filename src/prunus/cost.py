@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
+from prunus import dims
 from prunus.architecture import Architecture
 from prunus.families import Family
 
@@ -17,7 +18,7 @@ def layout(family: Family, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]
     """Units of every tensor; the family must cover them all."""
     units = {name: family.units(name) for name in tensors}
     assert all(units.values()), "the checkpoint is validated when it is opened"
-    return {name: dims for name, dims in units.items() if dims}
+    return {name: formulas for name, formulas in units.items() if formulas}
 
 
 def group_of(family: Family, tensor: str) -> str:
@@ -45,7 +46,7 @@ def count(shapes: Counter[tuple[str, bool, tuple[str, ...]]], architecture: Arch
     """Parameters of each part."""
     parts: dict[str, int] = defaultdict(int)
     for (part, in_layer, units), number in shapes.items():
-        size = math.prod(architecture.size(unit) for unit in units)
+        size = math.prod(dims.size(unit, architecture) for unit in units)
         parts[part] += number * size * (architecture.layers if in_layer else 1)
     return dict(parts)
 

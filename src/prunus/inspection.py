@@ -32,7 +32,7 @@ def next_smaller(checkpoint: Checkpoint, axis: str) -> int | None:
     A key-value group leaves with its query heads.
     """
     sizes = checkpoint.architecture
-    for size in range(getattr(sizes, axis) - 1, 0, -1):
+    for size in range(sizes[axis] - 1, 0, -1):
         changes = {axis: size}
         if axis == "kv_heads":
             changes["heads"] = size * sizes.heads // sizes.kv_heads
@@ -51,7 +51,7 @@ def show(checkpoint: Checkpoint) -> None:
     axes = Table("axis", "size", "next legal size", "meaning", box=None, header_style="bold")
     for axis in AXES:
         smaller = found["next_smaller"][axis]
-        size = str(getattr(checkpoint.architecture, axis))
+        size = str(checkpoint.architecture[axis])
         axes.add_row(axis, size, "–" if smaller is None else str(smaller), AXIS_MEANING[axis])
     console.print(axes)
     parts = Table("part", "parameters", "share", box=None, header_style="bold")

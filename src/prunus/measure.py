@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunus import hardware, layerwise
+from prunus import dims, hardware, layerwise
 from prunus.checkpoint import Checkpoint
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
@@ -217,7 +217,7 @@ def _energy(x_BSH: Tensor) -> Tensor:
 def inverse_diagonal(gram_FF: Tensor, *, damping: float = 0.01) -> Tensor:
     """diag (G + λI)⁻¹ with λ = damping · mean diag G; float32 [F]. Its inverse is the energy of a neuron that the
     others cannot linearly predict."""
-    ridge = damping * gram_FF.diagonal().mean()
+    ridge = damping * gram_FF.diagonal().mean().clamp_min(1e-12)  # a layer may be dead
     identity_FF = torch.eye(len(gram_FF), device=gram_FF.device)
     factor_FF = torch.linalg.cholesky(gram_FF + ridge * identity_FF)
     # (LLᵀ)⁻¹ = L⁻ᵀL⁻¹, whose diagonal is the squared norms of the columns of L⁻¹; LAPACK's whole inverse is slower.
@@ -228,21 +228,23 @@ def _weight_norms(teacher: Checkpoint, model: PreTrainedModel) -> dict[str, Tens
     """Squared norms of the weights that belong to each neuron, head, group and hidden channel."""
     family, sizes = teacher.family, teacher.architecture
     units = {"ffn": "ffn_weight", "heads": "head_weight", "kv_heads": "kv_weight"}
-    norms = {key: torch.zeros(sizes.layers, getattr(sizes, unit)) for unit, key in units.items()}
+    norms = {key: torch.zeros(sizes.layers, sizes[unit]) for unit, key in units.items()}
     norms["hidden_weight"] = torch.zeros(sizes.hidden)
     norms["write_weight"] = torch.zeros(sizes.layers, sizes.ffn)
     writes = {f"{branch.write}.weight" for branch in family.branches if branch.inner == "ffn"}
-    for name, dims in teacher.layout.items():
-        if len(dims) < 2:
+    for name, formulas in teacher.layout.items():
+        if len(formulas) < 2:
             continue
         squares = model.get_parameter(name).detach().float().square()
         layer, local = family.split(name)
-        for dim, unit in enumerate(dims):
+        for dim, formula in enumerate(formulas):
             along = squares.sum(1 - dim).cpu()
-            if unit == "hidden":
+            if formula == "hidden":
                 norms["hidden_weight"] += along
-            elif unit in units and layer is not None:
-                norms[units[unit]][layer] += along.view(getattr(sizes, unit), -1).sum(1)
+            for unit in dims.names(formula) & units.keys():
+                if layer is not None:
+                    owner = dims.owner(formula, sizes, unit)
+                    norms[units[unit]][layer].index_add_(0, owner[owner >= 0], along[owner >= 0])
         if local in writes and layer is not None:
             norms["write_weight"][layer] += squares.sum(0).cpu()
     return norms

@@ -160,7 +160,7 @@ def show(result: dict[str, Any]) -> None:
 
 def _most_similar(teacher: Architecture, found: list[Architecture]) -> Architecture:
     """The one whose smallest axis share is largest."""
-    return max(found, key=lambda a: min(size / getattr(teacher, axis) for axis, size in a.axes().items()))
+    return max(found, key=lambda a: min(size / teacher[axis] for axis, size in a.axes().items()))
 
 
 def _facts(teacher: Checkpoint, sizes: Architecture) -> dict[str, int]:

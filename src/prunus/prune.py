@@ -64,8 +64,8 @@ def cut(
         number = student_layer.get(layer, 0) if layer is not None else 0
         if head_residuals and local.startswith(family.branches[0].reads[0]):
             tensor = _with_head_residuals(tensor, scores["heads"][layer], source, target)
-        for dim, unit in enumerate(teacher.layout[name]):
-            index = kept.index(unit, number, source.head_dim)
+        for dim, formula in enumerate(teacher.layout[name]):
+            index = kept.index(formula, number, source)
             tensor = tensor if index is None else tensor.index_select(dim, index)
         if norm_correction:
             tensor = _corrected(tensor, family, layer, local, scores, kept)

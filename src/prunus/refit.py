@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunus import hardware, layerwise, repair
+from prunus.architecture import from_config
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.selection import Kept
@@ -48,7 +49,7 @@ def repair_layers(
         blocks: calibration text.
     """
     batches = layerwise.enter_all(student, blocks, batch_blocks=BATCH_BLOCKS)
-    walk = _TeacherWalk(teacher, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
+    walk = _TeacherWalk(teacher, family, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
     scale = math.sqrt(len(kept.hidden) / teacher.config.hidden_size) if family.scaled_embedding else 1.0
     hidden = torch.tensor(kept.hidden, device=student.device)
@@ -58,7 +59,7 @@ def repair_layers(
             norm, teacher_side = layer.get_submodule(branch.norm), seen[branch.name]
             normed = [norm(batch.stream_BSH) for batch in batches]
             units = {name: family.layer_weights[f"{name}.weight"][0] for name in branch.reads}
-            rows = {name: kept.index(unit, number, walk.head_dim) for name, unit in units.items()}
+            rows = {name: kept.index(unit, number, walk.sizes) for name, unit in units.items()}
             _fit_reads(source, layer, rows, _flat(normed), _flat(teacher_side.normed), damping)
             inner = [
                 layerwise.branch_inner(layer, branch, normed_BSK, batch.layer_inputs[number])
@@ -97,10 +98,10 @@ class _Seen:
 class _TeacherWalk:
     """The teacher's side of `repair_layers`."""
 
-    def __init__(self, teacher: PreTrainedModel, kept: Kept, batches: list[layerwise.Batch]) -> None:
+    def __init__(self, teacher: PreTrainedModel, family: Family, kept: Kept, batches: list[layerwise.Batch]) -> None:
         self.kept, self.batches = kept, batches
         self.layers = layerwise.body(teacher).layers
-        self.head_dim = teacher.config.head_dim
+        self.sizes = from_config(teacher.config.to_dict(), family.fields)
         self.done = 0
 
     def next_layer(self, family: Family, number: int) -> tuple[nn.Module, dict[str, _Seen]]:

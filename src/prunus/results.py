@@ -84,7 +84,7 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
     measured = candidate.measured
     damage = candidate.predicted_damage
     return {
-        "architecture": asdict(candidate.architecture),
+        "architecture": dict(candidate.architecture),
         "parameters": candidate.parameters,
         "predicted_damage": None if damage != damage else damage,
         "measured": None if measured is None else {"loss": measured.loss, "perplexity": measured.perplexity},
@@ -173,7 +173,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "name": checkpoint.name,
         "model_type": family.model_type,
         "fingerprint": checkpoint.fingerprint,
-        "architecture": asdict(sizes),
+        "architecture": dict(sizes),
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.bytes,
         "parameters_by_group": cost.parameters_by_group(family, tensors, sizes),

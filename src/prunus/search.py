@@ -75,7 +75,7 @@ def lost_share(scores: Scores, teacher: Architecture, architecture: Architecture
     Heads are ranked within their groups, so the axis "heads" covers both heads and groups.
     """
     per_layer = {axis: scores[axis] for axis in ("ffn", "kv_heads")}
-    shares = {axis: _tail(values, getattr(architecture, axis)) for axis, values in per_layer.items()}
+    shares = {axis: _tail(values, architecture[axis]) for axis, values in per_layer.items()}
     grouped = scores["heads"].unflatten(-1, (teacher.kv_heads, -1)).flatten(0, 1)
     inside = _tail(grouped, architecture.heads // architecture.kv_heads)
     return {
@@ -175,7 +175,7 @@ def _single_axis(teacher: Architecture, axis: str) -> list[Architecture]:
         inside = [teacher.replace(heads=teacher.kv_heads * n) for n in range(math.ceil(per_group / 2), per_group)]
         groups = range(math.ceil(teacher.kv_heads / 2), teacher.kv_heads)
         return inside + [teacher.replace(heads=per_group * n, kv_heads=n) for n in groups]
-    size = getattr(teacher, axis)
+    size = teacher[axis]
     step = 1 if axis == "layers" else _alignment(size, 0.02)
     return [teacher.replace(**{axis: n}) for n in range(size - step, (size - 1) // 2, -step)]
 
@@ -281,4 +281,4 @@ def _diverse(ranked: list[Candidate], count: int) -> list[Candidate]:
 
 
 def _differs(a: Architecture, b: Architecture) -> bool:
-    return any(abs(getattr(a, axis) - getattr(b, axis)) > 0.05 * getattr(b, axis) for axis in AXES)
+    return any(abs(a[axis] - b[axis]) > 0.05 * b[axis] for axis in AXES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prunus import dims
 from prunus.architecture import Architecture
 from prunus.errors import BudgetUnreachable
 from prunus.families import Family
@@ -20,35 +22,34 @@ class Kept:
     Attributes:
         layers: [L′].
         hidden: [H′].
-        ffn, heads, kv_heads: one list per kept layer.
+        inner: axis inside the layers → one list per kept layer.
     """
 
     layers: list[int]
     hidden: list[int]
-    ffn: list[list[int]]
-    heads: list[list[int]]
-    kv_heads: list[list[int]]
+    inner: Mapping[str, list[list[int]]]
 
-    def index(self, unit: str, layer: int, head_dim: int) -> Tensor | None:
-        """Kept positions along a weight dimension tagged `unit`, in student layer `layer`; None keeps all."""
-        match unit:
-            case "hidden":
+    def index(self, formula: str, layer: int, teacher: Mapping[str, int]) -> Tensor | None:
+        """Kept positions along a weight dimension (see `dims`), in student layer `layer`; None keeps all.
+
+        Args:
+            teacher: sizes before the cut.
+        """
+
+        def chosen(axis: str) -> Tensor | None:
+            if axis == "hidden":
                 return torch.tensor(self.hidden)
-            case "ffn":
-                return torch.tensor(self.ffn[layer])
-            case "heads" | "kv_heads":
-                heads = torch.tensor(getattr(self, unit)[layer])
-                return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
-            case _:
-                return None
+            return torch.tensor(self.inner[axis][layer]) if axis in self.inner else None
+
+        return dims.index(formula, teacher, chosen)
 
 
 def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> list[str]:
     """Why `target` cannot be cut out of `teacher`; empty if it can."""
     reasons = [
-        f"{axis}={size} is larger than the teacher's {getattr(teacher, axis)}"
+        f"{axis}={size} is larger than the teacher's {teacher[axis]}"
         for axis, size in target.axes().items()
-        if size > getattr(teacher, axis)
+        if size > teacher[axis]
     ]
     reasons += family.illegal(target)
     if not reasons and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
@@ -81,7 +82,8 @@ def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:
         for layer, groups in zip(layers, kv_heads, strict=True)
     ]
     ffn = [_top(scores["ffn"][layer], target.ffn) for layer in layers]
-    return Kept(layers, _top(scores["hidden"], target.hidden), ffn, heads, kv_heads)
+    inner = {"ffn": ffn, "heads": heads, "kv_heads": kv_heads}
+    return Kept(layers, _top(scores["hidden"], target.hidden), inner)
 
 
 def _top(scores: Tensor, count: int) -> list[int]:

@@ -11,10 +11,10 @@ OUTER_WEIGHTS: Weights = {
 }
 
 PROJECTIONS: Weights = {
-    "self_attn.q_proj.weight": ("heads", "hidden"),
-    "self_attn.k_proj.weight": ("kv_heads", "hidden"),
-    "self_attn.v_proj.weight": ("kv_heads", "hidden"),
-    "self_attn.o_proj.weight": ("hidden", "heads"),
+    "self_attn.q_proj.weight": ("heads*head_dim", "hidden"),
+    "self_attn.k_proj.weight": ("kv_heads*head_dim", "hidden"),
+    "self_attn.v_proj.weight": ("kv_heads*head_dim", "hidden"),
+    "self_attn.o_proj.weight": ("hidden", "heads*head_dim"),
     "mlp.gate_proj.weight": ("ffn", "hidden"),
     "mlp.up_proj.weight": ("ffn", "hidden"),
     "mlp.down_proj.weight": ("hidden", "ffn"),

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 
 from prunus.architecture import Architecture
 
-UNITS = ("vocab", "hidden", "ffn", "heads", "kv_heads", "head_dim")
-"""Tags of weight dimensions; `heads` and `kv_heads` are blocks of head_dim rows or columns."""
-
 CONSTRAINTS = {
     "heads_divide_hidden": (
         lambda a: a.hidden % a.heads == 0,
@@ -63,7 +60,8 @@ class Family:
 
     Attributes:
         model_type: as in config.json.
-        layer_weights: tensor of a layer → unit of each dimension. A trailing `.bias` is sliced like its output.
+        layer_weights: tensor of a layer → formula of each dimension (see `dims`). A trailing `.bias` is sliced like its
+            output.
         outer_weights: tensors outside the layers, by full name.
         branches: in the order in which they run.
         final_norm: norm before the output head.
