@@ -30,6 +30,9 @@ SIZES = {
     "head_dim": 8,
     "vocab_size": 97,
     "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 OWN = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True,
@@ -56,10 +59,16 @@ class RandomBlocks:
         return self.tokens_NS[indices], positions.expand(len(indices), -1)
 
 
+EPSILONS = dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"), 1e-10)
+"""Of a norm over few channels 1e-5 is no trifle, and a cut does not scale it."""
+
+
 def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
     """A random model whose activations are of the order of 1, so that no error hides under a norm's epsilon."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES | OWN.get(family, {}) | changes)
+    known = AutoConfig.for_model(family).to_dict()
+    epsilons = {key: value for key, value in EPSILONS.items() if key in known}
+    config = AutoConfig.for_model(family, **SIZES | epsilons | OWN.get(family, {}) | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ def test_quantities_that_are_none(text):
 def test_every_proposal_is_legal_and_within_the_tolerance(teacher):
     budget = parse_budget(teacher, params="0.7x")
     found = legal_architectures(teacher.family, teacher.architecture, budget)
-    assert len(found) > 10
+    assert len(found) > (3 if "hidden_is_heads" in teacher.family.constraints else 10)
     assert len(set(found)) == len(found)
     for target in found:
         assert not illegal_cut(teacher.family, teacher.architecture, target)

@@ -149,7 +149,7 @@ def _forward(
         and options.get("is_causal") is not False
         and getattr(module, "is_causal", True)
         and options.get("dropout", 0.0) == 0.0
-        and options.get("position_bias") is None
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
     )
     if not suited:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -100,7 +101,8 @@ class Checkpoint:
     def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=self.config)
+            config = without_dropout(self.config)
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=config)
         return hardware.place(model, device=device).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -112,6 +114,16 @@ class Checkpoint:
                 f"{self.name}: its tokenizer cannot be read ({str(error).splitlines()[0]}). "
                 "Put tokenizer.json and tokenizer_config.json into the folder."
             ) from error
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy for a model that learns from a teacher: what is dropped at random would be noise on a full distribution.
+    The config that goes with the weights keeps what it says."""
+    quiet = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+            setattr(quiet, key, 0.0)
+    return quiet
 
 
 def load(model: str | Path, *, cache: Path | None = None) -> Checkpoint:

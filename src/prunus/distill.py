@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunus import hardware, hidden, layerwise, memory, parallel
-from prunus.checkpoint import Checkpoint, load, save
+from prunus.checkpoint import Checkpoint, load, save, without_dropout
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
 from prunus.frozen import freeze
@@ -288,7 +288,7 @@ def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.devi
         return student.module(torch.float32, device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(without_dropout(student.config), dtype=torch.float32)
     return hardware.place(model, device=device)
 
 

@@ -6,6 +6,7 @@ N tokens · V vocabulary · D hidden channels of the student, E of the teacher.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 
 from prunus import hardware
 from prunus.kernels import Samples, TopK
+
+FACTORS, DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
+"""Config keys of what the logits are multiplied by (Cohere, Falcon-H1) and divided by (Granite)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,10 @@ def head_of(model: PreTrainedModel) -> Head:
     """A transformers model's output head."""
     module = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    return Head(module.weight, getattr(module, "bias", None), softcap)
+    factors = (getattr(model.config, key, None) for key in FACTORS)
+    scale = math.prod(factor for factor in factors if factor is not None)
+    divisor = getattr(model.config, DIVISOR, None) or 1.0
+    return Head(module.weight, getattr(module, "bias", None), softcap, scale / divisor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int
             def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...], number: int = number) -> None:
                 found[number] = output[0] if isinstance(output, tuple) else output
 
-            stack.callback(layerwise.body(model).layers[number].register_forward_hook(hook).remove)
+            stack.callback(layerwise.layers_of(model)[number].register_forward_hook(hook).remove)
         yield found
 
 

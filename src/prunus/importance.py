@@ -58,6 +58,8 @@ def activation(stats: Statistics, aggregation: str) -> Tensor:
 
 def preactivation(stats: Statistics, aggregation: str) -> Tensor:
     """[L, F]: size of x·W₁ᵀ, before the activation function. Source: Minitron, arXiv:2407.14679, sec. 2.2."""
+    if "preactivation" not in stats.reductions:
+        raise BadRecipe("score ffn=preactivation: this family has no projection of its own for it; take activation")
     return aggregate(stats.reductions["preactivation"], stats.num_blocks, aggregation)
 
 
@@ -198,5 +200,7 @@ def _per_group(heads_LA: Tensor, groups: int, how: str) -> Tensor:
 
 
 def _sites(stats: Statistics) -> Tensor:
-    """[norms, H]: energy at the input of every norm that reads the residual stream."""
-    return torch.cat([energy_LH.view(-1, energy_LH.shape[-1]) for energy_LH in stats.energies.values()])
+    """[norms, H]: energy at the input of every norm of hidden channels."""
+    hidden = len(stats.sums["hidden_weight"])
+    sites = (energy_LH.view(-1, energy_LH.shape[-1]) for energy_LH in stats.energies.values())
+    return torch.cat([energy_LH for energy_LH in sites if energy_LH.shape[-1] == hidden])

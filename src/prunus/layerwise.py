@@ -9,7 +9,7 @@ Shapes: B blocks in a batch, S tokens in a block, H channels of the residual str
 from __future__ import annotations
 
 import contextlib
-import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,42 +44,68 @@ class Batch:
     layer_inputs: list[dict[str, Any]]
 
 
+class _Reached(Exception):
+    pass
+
+
 class _Recorder(nn.Module):
     """Stands in for a layer: keeps what the layer would have been called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        self.signature = inspect.signature(layer.forward)
+        self.stream_BSH: Tensor | None = None
         self.inputs: dict[str, Any] = {}
+        # Some models ask a layer for its kind before they call it.
+        plain = {name: value for name, value in vars(layer).items() if isinstance(value, str | int | bool)}
+        self.__dict__.update({name: value for name, value in plain.items() if not name.startswith("_")})
 
-    def forward(self, hidden_states: Tensor, **inputs: Any) -> Tensor:
-        self.inputs = inputs
-        return hidden_states
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        called = self.signature.bind(*args, **inputs).arguments
+        called |= called.pop("kwargs", {})
+        (_, stream_BSH), *others = called.items()
+        self.stream_BSH, self.inputs = stream_BSH, dict(others)
+        return stream_BSH
 
 
-def body(model: PreTrainedModel) -> Any:
-    """The model without its output head."""
-    return model.base_model
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile layer by layer: they share one compilation, which a whole model would not. Frozen ones stay as
     they are: torch.compile cannot read their weights, and would gain no more than they have."""
     if not is_frozen(model):
-        for layer in body(model).layers:
+        for layer in layers_of(model):
             layer.compile()
+
+
+@contextlib.contextmanager
+def _recorded(model: PreTrainedModel) -> Iterator[list[_Recorder]]:
+    """Inside, recorders stand in for the layers."""
+    layers = layers_of(model)
+    own = dict(layers._modules)
+    recorders = [_Recorder(layer) for layer in layers]
+    layers._modules.update(zip(own, recorders, strict=True))
+    try:
+        yield recorders
+    finally:
+        layers._modules.update(own)
 
 
 def enter(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor) -> Batch:
     """The residual stream before layer 0, and what each layer will be called with.
 
-    The model's own forward runs with its layers replaced, in a shallow copy, by recorders; so masks and rotary tables
-    are made by the model's own code, whatever the family.
+    The model's own forward runs with its layers replaced by recorders; so masks and rotary tables are made by the
+    model's own code, whatever the family.
     """
-    inner = copy.copy(body(model))
-    recorders = [_Recorder() for _ in inner.layers]
-    inner._modules = inner._modules | {"layers": nn.ModuleList(recorders), "norm": nn.Identity()}
-    stream = inner(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
-    return Batch(stream, [recorder.inputs for recorder in recorders])
+    with _recorded(model) as recorders:
+        model.base_model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+    stream_BSH = recorders[0].stream_BSH
+    assert stream_BSH is not None
+    return Batch(stream_BSH, [recorder.inputs for recorder in recorders])
 
 
 def enter_all(model: PreTrainedModel, blocks: TokenBlocks, *, batch_blocks: int) -> list[Batch]:
@@ -94,8 +120,9 @@ def run_layer(layer: nn.Module, stream_BSH: Tensor, inputs: dict[str, Any]) -> T
     return output[0] if isinstance(output, tuple) else output
 
 
-class _Reached(Exception):
-    pass
+def norm_of(layer: nn.Module, branch: Branch) -> nn.Module:
+    """What the branch reads the stream through."""
+    return layer.get_submodule(branch.norm) if branch.norm else nn.Identity()
 
 
 def branch_inner(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: L layers, B blocks (samples), S tokens of a block, H hidden channels, F 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from prunus import dims, hardware, layerwise
 from prunus.checkpoint import Checkpoint
 from prunus.families import Family
+from prunus.head import head_of
 from prunus.layerwise import TokenBlocks
 from prunus.scores import load_tensors, save_tensors
 
@@ -35,7 +37,7 @@ class Statistics:
         reductions: signal → float32 [3, 2, L, C]: for each reduction over the tokens of a block (mean of |x|, L2,
             variance) the sum and the sum of squares over blocks. Signals: "activation" and "preactivation" (FFN),
             "head_output" (L2 norm of each head), "norm_output" (hidden; its L counts the norms).
-        energies: norm → Σ (x/rms)² per channel, [L, H]; the final norm [H].
+        energies: norm → Σ (x/rms)² per channel of its input, [L, H] for most; the final norm [H].
         sums: "cosine" [L]: Σ cos(layer input, layer output) over tokens; and, of the weights, squared norms
             "ffn_weight" [L, F], "head_weight" [L, A], "kv_weight" [L, G], "hidden_weight" [H], "write_weight" [L, F].
         inverse_gram: "ffn" → diag of (E[hhᵀ] + λI)⁻¹, [L, F]; empty unless measured with `grams`.
@@ -71,7 +73,7 @@ def measure(
         progress: called with the layers done and in all.
     """
     model = model or teacher.module(device=hardware.device())
-    family, layers = teacher.family, layerwise.body(model).layers
+    family, layers = teacher.family, layerwise.layers_of(model)
     batches = layerwise.enter_all(model, blocks, batch_blocks=BATCH_BLOCKS)
     passes = [_LayerPass(family, grams=grams, head_dim=teacher.architecture.head_dim) for _ in layers]
     for number, layer in enumerate(layers):
@@ -86,7 +88,7 @@ def measure(
     final_energy = torch.zeros(teacher.architecture.hidden, device=model.device)
     norm = model.get_submodule(family.final_norm)
     for batch in batches:
-        final_energy += _energy(batch.stream_BSH)
+        final_energy += _energy(batch.stream_BSH, centred=family.centred)
         final.add(norm(batch.stream_BSH))
     return _collect(teacher, model, blocks, passes, final, final_energy)
 
@@ -102,9 +104,9 @@ def _collect(
     family = teacher.family
     signals = {
         signal: torch.stack([layer.reducers[signal].total for layer in passes], dim=2).cpu()
-        for signal in ("activation", "preactivation", "head_output")
+        for signal in passes[0].reducers.keys() & {"activation", "preactivation", "head_output"}
     }
-    norms = [layer.reducers[branch.norm].total for layer in passes for branch in family.branches]
+    norms = [layer.reducers[branch.norm].total for layer in passes for branch in family.branches if branch.norm]
     signals["norm_output"] = torch.stack([*norms, final.total], dim=2).cpu()
     energies = {site: torch.stack([layer.energies[site] for layer in passes]).cpu() for site in passes[0].energies}
     tokens = sum(layer.num_tokens for layer in passes[:1])
@@ -147,8 +149,7 @@ class _LayerPass:
 
     def __init__(self, family: Family, *, grams: bool, head_dim: int) -> None:
         self.family, self.grams, self.head_dim = family, grams, head_dim
-        self.reducers = {name: _Reducer() for name in ("activation", "preactivation", "head_output")}
-        self.reducers |= {branch.norm: _Reducer() for branch in family.branches}
+        self.reducers: dict[str, _Reducer] = defaultdict(_Reducer)
         self.energies: dict[str, Tensor] = {}
         self.cosine: Tensor = torch.zeros(())
         self.num_tokens = 0
@@ -159,13 +160,14 @@ class _LayerPass:
     def observers(self) -> dict[str, Callable[[Tensor, Tensor], None]]:
         observers: dict[str, Callable[[Tensor, Tensor], None]] = {}
         for branch in self.family.branches:
-            observers[branch.norm] = self._see_norm(branch.norm)
+            if branch.norm:
+                observers[branch.norm] = self._see_norm(branch.norm)
             if branch.post_norm:
-                observers[branch.post_norm] = self._see_post_norm(branch.post_norm)
+                observers[branch.post_norm] = self._see_other_norm(branch.post_norm)
             observers[branch.write] = self._see_heads if branch.inner == "heads" else self._see_ffn
             if branch.gate:
                 observers[branch.gate] = lambda _, output: self.reducers["preactivation"].add(output)
-        return observers
+        return observers | {norm: self._see_other_norm(norm) for norm in self.family.norms}
 
     def _see_norm(self, site: str) -> Callable[[Tensor, Tensor], None]:
         def see(stream_BSH: Tensor, output_BSH: Tensor) -> None:
@@ -174,11 +176,11 @@ class _LayerPass:
 
         return see
 
-    def _see_post_norm(self, site: str) -> Callable[[Tensor, Tensor], None]:
-        return lambda written_BSH, _: self._add_energy(site, written_BSH)
+    def _see_other_norm(self, site: str) -> Callable[[Tensor, Tensor], None]:
+        return lambda x_BSC, _: self._add_energy(site, x_BSC)
 
     def _add_energy(self, site: str, x_BSH: Tensor) -> None:
-        self.energies[site] = self.energies.get(site, 0) + _energy(x_BSH)
+        self.energies[site] = self.energies.get(site, 0) + _energy(x_BSH, centred=self.family.centred)
 
     def _see_heads(self, inner_BSD: Tensor, _: Tensor) -> None:
         per_head_BSAD = inner_BSD.unflatten(-1, (-1, self.head_dim))
@@ -208,9 +210,14 @@ class _LayerPass:
             self.gram = None
 
 
-def _energy(x_BSH: Tensor) -> Tensor:
-    """Σ over tokens of (x/rms)², float32 [H]: one pass for the squares and one matrix-vector product."""
-    squares_NH = x_BSH.flatten(0, 1).float().square()
+def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
+    """Σ over tokens of (x/rms)², float32 [H]: one pass for the squares and one matrix-vector product.
+
+    Args:
+        centred: of x less its mean, which is what a LayerNorm divides.
+    """
+    x_NH = x_BSH.flatten(0, 1).float()
+    squares_NH = (x_NH - x_NH.mean(1, keepdim=True) if centred else x_NH).square()
     return squares_NH.mean(1).clamp_min_(1e-30).reciprocal_() @ squares_NH
 
 
@@ -267,7 +274,7 @@ def leave_one_out(
         loss of the whole model, and float32 [L] losses, nats per predicted token.
     """
     model = model or teacher.module(device=hardware.device())
-    layers = layerwise.body(model).layers
+    layers = layerwise.layers_of(model)
     total, counted = torch.zeros(len(layers) + 1, dtype=torch.float64), 0
     whole = layerwise.enter_all(model, blocks, batch_blocks=BATCH_BLOCKS)
     variants: list[list[Tensor]] = [[] for _ in whole]
@@ -308,7 +315,7 @@ def _summed_loss(model: PreTrainedModel, hidden_NH: Tensor, labels_N: Tensor, *,
     """Σ cross-entropy, the logits a chunk at a time in float32."""
     total = 0.0
     for hidden, labels in zip(hidden_NH.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True):
-        total += float(F.cross_entropy(model.lm_head(hidden).float(), labels, reduction="sum"))
+        total += float(F.cross_entropy(head_of(model).logits(hidden), labels, reduction="sum"))
     return total
 
 

@@ -86,12 +86,13 @@ def activations(training: Training) -> int:
     sizes, b = training.student, training.itemsize
     family = training.family
     # A norm keeps its input, and what reads it the output; only a sum reads what a post-norm makes.
-    norms = b * sum(3 if branch.post_norm else 2 for branch in family.branches) * sizes.hidden
+    norms = b * sum(2 * bool(branch.norm) + bool(branch.post_norm) for branch in family.branches) * sizes.hidden
     if any("q_norm" in name for name in family.layer_weights):
         norms += b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    # Attention keeps q, k, v and its output; the gated FFN gate, act(gate), up and their product.
+    # Attention keeps q, k, v and its output; a gated FFN gate, act(gate), up and their product, a plain one two.
     qkv = 2 * b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    ffn = 4 * b * sizes.ffn
+    gated = any("gate" in name for name in family.layer_weights)
+    ffn = (4 if gated else 2) * b * sizes.ffn
     layer = norms + qkv + ffn + b * sizes.heads * _kept_keys(training)
     kept = layer + sizes.layers * b * sizes.hidden if training.gradient_checkpointing else sizes.layers * layer
     return training.tokens * kept

@@ -137,7 +137,7 @@ def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(hardware.device().type, (world().size,))
-    for layer in layerwise.body(model).layers:
+    for layer in layerwise.layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     for module in root.modules():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from prunus import hardware, refit, repair
+from prunus import dims, hardware, refit, repair
 from prunus.architecture import Architecture, to_config
 from prunus.checkpoint import Checkpoint, save
 from prunus.families import Family
@@ -63,12 +63,14 @@ def cut(
             continue
         number = student_layer.get(layer, 0) if layer is not None else 0
         if head_residuals and local.startswith(family.branches[0].reads[0]):
-            tensor = _with_head_residuals(tensor, scores["heads"][layer], source, target)
-        for dim, formula in enumerate(teacher.layout[name]):
-            index = kept.index(formula, number, source)
+            queries = dims.owner(teacher.layout[name][0], source, "heads") >= 0
+            tensor = tensor.clone()
+            tensor[queries] = _with_head_residuals(tensor[queries], scores["heads"][layer], source, target)
+        indices = [kept.index(formula, number, source) for formula in teacher.layout[name]]
+        for dim, index in enumerate(indices):
             tensor = tensor if index is None else tensor.index_select(dim, index)
         if norm_correction:
-            tensor = _corrected(tensor, family, layer, local, scores, kept)
+            tensor = _corrected(tensor, family, layer, local, scores, indices[0], kept)
         tensors[name if layer is None else f"{family.layer_prefix}{number}.{local}"] = tensor
     config = to_config(
         teacher.config.to_dict(),
@@ -85,7 +87,7 @@ def build(student: Student, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of a cut student, in evaluation mode."""
     model = AutoModelForCausalLM.from_config(student.config, dtype=dtype)
     missing, unexpected = model.load_state_dict(student.tensors, strict=False)
-    tied = {f"{name}.weight" for name in ("lm_head",)} if student.config.tie_word_embeddings else set()
+    tied = set(model.all_tied_weights_keys)
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing
     return model.eval()
@@ -148,23 +150,26 @@ def _with_head_residuals(tensor: Tensor, scores_A: Tensor, teacher: Architecture
     return torch.stack(folded).view(tensor.shape).to(tensor.dtype)
 
 
-def _corrected(tensor: Tensor, family: Family, layer: int | None, local: str, scores: Scores, kept: Kept) -> Tensor:
+def _corrected(
+    tensor: Tensor, family: Family, layer: int | None, local: str, scores: Scores, index: Tensor | None, kept: Kept
+) -> Tensor:
     """A norm's weight scaled for the channels that left; other tensors, and uncut norms, as they are.
 
     Where the embedding is scaled by √hidden the student's stream is smaller than the teacher's by √(H′/H). Norms that
     read it undo that by themselves; what is written to it must shrink alike.
+
+    Args:
+        index: what stays of the tensor's first dimension.
     """
     module = local.removesuffix(".weight")
-    total = scores["hidden"].numel()
-    if len(kept.hidden) == total:
-        return tensor
-    stream_scale = math.sqrt(len(kept.hidden) / total) if family.scaled_embedding else 1.0
+    share = len(kept.hidden) / scores["hidden"].numel()
+    stream_scale = math.sqrt(share) if family.scaled_embedding else 1.0
     if any(module == branch.write and branch.post_norm is None for branch in family.branches):
         return tensor if stream_scale == 1.0 else (tensor.float() * stream_scale).to(tensor.dtype)
     energy = scores.energy(module, layer)
-    if energy is None:
+    if energy is None or index is None or len(index) == len(energy):
         return tensor
-    scale = repair.norm_scale(energy, torch.tensor(kept.hidden))
+    scale = repair.norm_scale(energy, index)
     if any(module == branch.post_norm for branch in family.branches):
         scale *= stream_scale
     offset = family.norm_offset

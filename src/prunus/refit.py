@@ -52,12 +52,15 @@ def repair_layers(
     walk = _TeacherWalk(teacher, family, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
     scale = math.sqrt(len(kept.hidden) / teacher.config.hidden_size) if family.scaled_embedding else 1.0
+    added_scale = getattr(student.config, family.residual_scale) if family.residual_scale else 1.0
     hidden = torch.tensor(kept.hidden, device=student.device)
-    for number, layer in enumerate(layerwise.body(student).layers):
-        source, seen = walk.next_layer(family, number)
+    for number, layer in enumerate(layerwise.layers_of(student)):
+        source, seen = walk.next_layer(number)
+        entering = [batch.stream_BSH for batch in batches]
         for branch in family.branches:
-            norm, teacher_side = layer.get_submodule(branch.norm), seen[branch.name]
-            normed = [norm(batch.stream_BSH) for batch in batches]
+            norm, teacher_side = layerwise.norm_of(layer, branch), seen[branch.name]
+            read = entering if family.parallel else [batch.stream_BSH for batch in batches]
+            normed = [norm(stream_BSH) for stream_BSH in read]
             units = {name: family.layer_weights[f"{name}.weight"][0] for name in branch.reads}
             rows = {name: kept.index(unit, number, walk.sizes) for name, unit in units.items()}
             _fit_reads(source, layer, rows, _flat(normed), _flat(teacher_side.normed), damping)
@@ -71,10 +74,12 @@ def repair_layers(
                 own_NK = _flat([batch.stream_BSH for batch in batches]).float()
                 before_NK = _flat(teacher_side.before)[:, hidden].float() * scale
                 after_NK = _flat(teacher_side.after)[:, hidden].float() * scale
-                targets_NK = (after_NK - torch.lerp(before_NK, own_NK, FEEDBACK)).to(normed[0].dtype)
+                targets_NK = (after_NK - torch.lerp(before_NK, own_NK, FEEDBACK)) / added_scale
+                targets_NK = targets_NK.to(normed[0].dtype)
             _fit_write(_linear(layer, branch.write), _flat(inner), targets_NK, damping)
             for batch, inner_BSD in zip(batches, inner, strict=True):
-                batch.stream_BSH = batch.stream_BSH + layerwise.branch_written(layer, branch, inner_BSD)[1]
+                added_BSK = layerwise.branch_written(layer, branch, inner_BSD)[1]
+                batch.stream_BSH = batch.stream_BSH + added_BSK * added_scale
         progress(number + 1, len(kept.layers))
 
 
@@ -99,30 +104,33 @@ class _TeacherWalk:
     """The teacher's side of `repair_layers`."""
 
     def __init__(self, teacher: PreTrainedModel, family: Family, kept: Kept, batches: list[layerwise.Batch]) -> None:
-        self.kept, self.batches = kept, batches
-        self.layers = layerwise.body(teacher).layers
+        self.family, self.kept, self.batches = family, kept, batches
+        self.added_scale = getattr(teacher.config, family.residual_scale) if family.residual_scale else 1.0
+        self.layers = layerwise.layers_of(teacher)
         self.sizes = from_config(teacher.config.to_dict(), family.fields)
         self.done = 0
 
-    def next_layer(self, family: Family, number: int) -> tuple[nn.Module, dict[str, _Seen]]:
+    def next_layer(self, number: int) -> tuple[nn.Module, dict[str, _Seen]]:
         """Run the layer that student layer `number` came from, and those dropped before and behind it."""
         self._skip_to(self.kept.layers[number])
         layer, seen = self.layers[self.done], {}
-        for branch in family.branches:
+        entering = [batch.stream_BSH for batch in self.batches]
+        for branch in self.family.branches:
             seen[branch.name] = _Seen([], [], [], [])
-            for batch in self.batches:
+            for batch, entering_BSH in zip(self.batches, entering, strict=True):
                 seen[branch.name].before.append(batch.stream_BSH)
-                normed_BSH = layer.get_submodule(branch.norm)(batch.stream_BSH)
+                read_BSH = entering_BSH if self.family.parallel else batch.stream_BSH
+                normed_BSH = layerwise.norm_of(layer, branch)(read_BSH)
                 inner_BSD = layerwise.branch_inner(layer, branch, normed_BSH, batch.layer_inputs[self.done])
                 written_BSH, added_BSH = layerwise.branch_written(layer, branch, inner_BSD)
-                batch.stream_BSH = batch.stream_BSH + added_BSH
+                batch.stream_BSH = batch.stream_BSH + added_BSH * self.added_scale
                 seen[branch.name].normed.append(normed_BSH)
                 seen[branch.name].written.append(written_BSH)
                 seen[branch.name].after.append(batch.stream_BSH)
         self.done += 1
         last = number + 1 == len(self.kept.layers)
         self._skip_to(len(self.layers) if last else self.kept.layers[number + 1])
-        seen[family.branches[-1].name].after = [batch.stream_BSH for batch in self.batches]
+        seen[self.family.branches[-1].name].after = [batch.stream_BSH for batch in self.batches]
         return layer, seen
 
     def _skip_to(self, layer: int) -> None:

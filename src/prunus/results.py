@@ -259,7 +259,7 @@ def _kept(run: Run) -> dict[str, Any]:
     return {
         "layers": kept["layers"],
         "hidden": kept["hidden"],
-        "heads": kept["heads"],
+        "heads": kept["inner"]["heads"],
     }
 
 

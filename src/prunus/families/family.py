@@ -19,6 +19,10 @@ CONSTRAINTS = {
         lambda a: a.hidden % a.heads == 0,
         "hidden must be a multiple of heads (transformers refuses the config otherwise)",
     ),
+    "hidden_is_heads": (
+        lambda a: a.hidden == a.heads * a.head_dim,
+        "hidden must be heads × head_dim (its code has no other head_dim), so both are cut together",
+    ),
     "even_head_dim": (lambda a: a.head_dim % 2 == 0, "head_dim must be even (rotary embedding)"),
 }
 """Legality rules that a family can name, beside the ones that hold for all."""
@@ -36,7 +40,7 @@ class Branch:
     Attributes:
         name: "attention" or "ffn".
         module: what computes the branch from the norm's output.
-        norm: the norm through which the stream is read.
+        norm: the norm through which the stream is read; None where it is read as it is (OLMo 2).
         reads: projections applied to the norm's output.
         write: projection whose output is added to the stream.
         inner: unit of the write's input, "heads" or "ffn".
@@ -46,7 +50,7 @@ class Branch:
 
     name: str
     module: str
-    norm: str
+    norm: str | None
     reads: tuple[str, ...]
     write: str
     inner: str
@@ -65,7 +69,11 @@ class Family:
         outer_weights: tensors outside the layers, by full name.
         branches: in the order in which they run.
         final_norm: norm before the output head.
+        norms: norms of a layer beside those of its branches, over more than a head (OLMo 2's of all queries).
         norm_offset: 1.0 where the norm multiplies by (1 + weight), as Gemma does.
+        centred: norms take off the mean first (LayerNorm). What a cut of hidden does to the mean is not made good.
+        parallel: all branches of a layer read the stream as it enters the layer.
+        residual_scale: config key of a factor on what branches add.
         scaled_embedding: the embedding is multiplied by √hidden, so that a cut of hidden shrinks the stream.
         constraints: names in `CONSTRAINTS`.
         fields: config key of each size.
@@ -80,7 +88,11 @@ class Family:
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     layer_prefix: str = "model.layers."
+    norms: tuple[str, ...] = ()
     norm_offset: float = 0.0
+    centred: bool = False
+    parallel: bool = False
+    residual_scale: str | None = None
     scaled_embedding: bool = False
     constraints: tuple[str, ...] = ("even_head_dim",)
     fields: Mapping[str, str] = field(
