@@ -15,7 +15,8 @@ PACKAGE = Path(pr.__file__).parent
 LAYERS = """
     errors dims architecture families.family families._decoder families
     cost files attention norms hardware frozen layerwise parallel losses kernels head
-    checkpoint documents text scores measure importance selection repair refit prune row_blocks fused evaluate tasks
+    checkpoint documents text scores measure importance selection repair refit prune vocabulary
+    row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step distill trackers
     budget search formats pictures verdict report
     console recipe run results inspection planning standalone pipeline cli __main__

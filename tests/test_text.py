@@ -110,7 +110,7 @@ def test_eos_is_predicted_and_what_follows_it_is_not(tmp_path: Path) -> None:
 )
 def test_special_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, expected: list[int]) -> None:
     letter = tokenizer.convert_tokens_to_ids("!")
-    blocks = pack(["!"] * 4, tmp_path, block_size=2, tokenizer=tokenizer)
+    blocks = pack(["!"] * 4, tmp_path, block_size=len(expected), tokenizer=tokenizer)
     one_document = [letter if token == -1 else token for token in expected]
     assert blocks.tokens.flatten().tolist() == (one_document * 4)[: blocks.num_tokens]
 
@@ -293,3 +293,21 @@ def test_the_state_is_one_integer() -> None:
     order.cache_clear()
     assert [batch_indices(step, 3, 7, seed=1) for step in reversed(range(20))] == straight[::-1]
     assert batch_indices(0, 60, 7, seed=1) == [index for batch in straight for index in batch]
+
+
+def test_a_block_within_a_document_begins_with_bos_where_documents_do(tmp_path: Path) -> None:
+    """Models trained so (Gemma) are lost without it."""
+    tokenizer = bpe(bos=True)
+    blocks = tokenise(PROSE, tokenizer, block_size=16, to=tmp_path / "text", label="prose")
+    tokens_BS, positions_BS = blocks.batch(range(len(blocks)))
+    assert (tokens_BS[:, 0] == tokenizer.bos_token_id).all()
+    stream = [token for document in PROSE for token in [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]]
+    inserted = torch.zeros_like(tokens_BS, dtype=torch.bool)
+    at = 0
+    for block, first in enumerate(tokens_BS):
+        inserted[block, 0] = stream[at] != tokenizer.bos_token_id
+        at += len(first) - int(inserted[block, 0])
+    assert inserted.any()
+    assert tokens_BS[~inserted].tolist() == stream[:at]
+    assert (positions_BS[:, 0] == 0).all()
+    assert targets(tokens_BS, positions_BS)[inserted].all()

@@ -169,6 +169,7 @@ def save(
     *,
     like: Checkpoint,
     extra_files: Mapping[str, str] | None = None,
+    stale_files: Iterable[str] = (),
 ) -> Checkpoint:
     """Write a plain checkpoint beside `folder`, load it with transformers, compare, and only then rename it there.
 
@@ -176,7 +177,8 @@ def save(
         config: of the model that `tensors` belong to.
         tensors: every parameter, a tied head left out.
         like: the model whose tokenizer, chat template and generation config go along.
-        extra_files: more text files, name → content.
+        extra_files: more text files, name → content; instead of those of `like`.
+        stale_files: patterns of what does not go along.
     Raises:
         BadCheckpoint: what transformers loads is not, bit for bit, what was meant. BadOutput: the disk is full.
     """
@@ -186,6 +188,9 @@ def save(
         for pattern in COPIED_FILES:
             for file in like.folder.glob(pattern):
                 shutil.copy(file, partial)
+        for pattern in stale_files:
+            for file in partial.glob(pattern):
+                file.unlink()
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text)
     return _open_folder(folder, name=str(folder))

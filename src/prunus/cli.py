@@ -192,6 +192,22 @@ _stage_command("prune", "Cut and repair; writes 3-pruned/.")
 
 
 @app.command()
+def vocabulary(
+    model: Model,
+    size: Annotated[str, typer.Option(help="Tokens to keep, such as 32k (32,000) or 32768.")],
+    data: Annotated[str, typer.Option(help="Text whose tokens are kept: JSONL, Parquet or text, or a hub id.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    documents: Annotated[int, typer.Option(min=1, help="Documents of the text to count.")] = 100_000,
+    as_json: Json = False,
+) -> None:
+    """Cut the vocabulary to the tokens that a text needs; no training. Any text can still be written and read."""
+    from prunus import standalone
+
+    result = standalone.trim_vocabulary(model, data, size=size, most_documents=documents, to=to)
+    typer.echo(json.dumps(result)) if as_json else standalone.show_vocabulary(result)
+
+
+@app.command()
 def distill(
     student: Annotated[
         str, typer.Argument(metavar="STUDENT|RECIPE|RUN", help="A model to train, a recipe.yaml, or a run's folder.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prunus import console, hardware, hidden, parallel
+from prunus import console, hardware, hidden, parallel, vocabulary
 from prunus.budget import parse_quantity
 from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import Progress
@@ -83,6 +84,43 @@ def distill(
                 progress=show,
             )
     return written.folder
+
+
+def trim_vocabulary(model: str, data: str, *, size: str, most_documents: int, to: Path) -> dict[str, Any]:
+    """Cut a model's vocabulary to the tokens that the text `data` needs, and write the result to `to`.
+
+    Returns:
+        folder, sizes of vocabulary and model before and after, and the share of the text's tokens that stay.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise BadOutput(f"{to} is not empty; give a new folder with --to")
+    try:
+        wanted = int(parse_quantity(size))
+    except ValueError as error:
+        raise BadRecipe(f"--size: {error}") from error
+    checkpoint = _opened(model)
+    tokenizer = checkpoint.tokenizer()
+    with console.bar("tokens", unit="documents") as step:
+        some = itertools.islice(documents(data, render=chat_template(tokenizer)), most_documents)
+        counts = vocabulary.count_tokens(tokenizer, some, progress=lambda done: step(done, most_documents))
+    chosen = vocabulary.choose(tokenizer, counts, wanted)
+    written = vocabulary.trim(checkpoint, chosen, to=to)
+    return {
+        "folder": str(written.folder),
+        "vocabulary": [checkpoint.architecture.vocab, written.architecture.vocab],
+        "parameters": [checkpoint.parameters, written.parameters],
+        "coverage": chosen.coverage,
+    }
+
+
+def show_vocabulary(result: Mapping[str, Any]) -> None:
+    """Print the result of `trim_vocabulary` for a reader."""
+    out = Console(highlight=False)
+    for name in ("vocabulary", "parameters"):
+        before, after = result[name]
+        out.print(f"{name}: {before:,} → {after:,}")
+    out.print(f"{result['coverage']:.2%} of the text's tokens stay; the others are spelled by smaller ones.")
+    out.print(f"Wrote {result['folder']}")
 
 
 def _cached(teacher: Checkpoint, blocks: Blocks, kind: str, options: Distill, to: Path) -> Cache:

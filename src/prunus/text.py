@@ -175,6 +175,7 @@ def _pack(
     num_ids = max(tokenizer.get_vocab().values()) + 1
     token_dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
     position_dtype = np.dtype("<u2" if block_size <= 2**16 else "<u4")
+    bos = _leading(tokenizer)
     num_tokens, rest_3T, bytes_N = 0, np.empty((3, 0), dtype=np.int64), np.empty(0, dtype=np.int64)
     with (
         _growing_npy(folder / "tokens.npy", token_dtype, block_size) as write_tokens,
@@ -183,13 +184,12 @@ def _pack(
         for batch_3T in _encoded(docs, tokenizer):
             batch_3T = batch_3T[:, : None if max_tokens is None else max_tokens - num_tokens]
             num_tokens += batch_3T.shape[1]
-            pending_3T = np.concatenate([rest_3T, batch_3T], axis=1)
-            whole = pending_3T.shape[1] // block_size * block_size
-            tokens_NS, places_NS, bytes_NS = pending_3T[:, :whole].reshape(3, -1, block_size)
+            (tokens_NS, places_NS, bytes_NS), rest_3T = _cut(
+                np.concatenate([rest_3T, batch_3T], axis=1), block_size, bos
+            )
             write_tokens(tokens_NS)
             write_positions(np.minimum(places_NS, np.arange(block_size)))
             bytes_N = np.concatenate([bytes_N, bytes_NS.sum(axis=1)])
-            rest_3T = pending_3T[:, whole:]
             if progress is not None:
                 progress(num_tokens)
             if num_tokens == max_tokens:
@@ -201,6 +201,29 @@ def _pack(
             f"({MIN_BLOCKS} blocks of {block_size:,}). Give more text, or a smaller block size."
         )
     return bytes_N
+
+
+def _leading(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that the tokenizer puts before every text, if any."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][0] == bos else None
+
+
+def _cut(stream_3T: np.ndarray, block_size: int, bos: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """[3, N, S] whole blocks, and what is left.
+
+    With `bos` a block that goes on with a document starts with it too: models trained so (Gemma) are lost without it.
+    """
+    if bos is None or block_size < 2:
+        whole = stream_3T.shape[1] // block_size * block_size
+        return stream_3T[:, :whole].reshape(3, -1, block_size), stream_3T[:, whole:]
+    lead_31, blocks, start = np.array([[bos], [0], [0]]), [np.empty((3, 0), dtype=np.int64)], 0
+    while stream_3T.shape[1] - start >= block_size:
+        has_one = stream_3T[0, start] == bos
+        stop = start + block_size - (not has_one)
+        blocks += [stream_3T[:, start:stop]] if has_one else [lead_31, stream_3T[:, start:stop]]
+        start = stop
+    return np.concatenate(blocks, axis=1).reshape(3, -1, block_size), stream_3T[:, start:]
 
 
 def _encoded(docs: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:

@@ -1,0 +1,255 @@
+"""A smaller vocabulary: the tokens that a text needs, with tokenizer, embedding and head cut alike.
+
+Any text still encodes and decodes to itself: the bytes (or the characters that stand for them) always stay, and a token
+stays only with all that it is merged from. Text whose tokens all stay is encoded as before, under new ids.
+
+V ids of the teacher.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from prunus import dims
+from prunus.checkpoint import Checkpoint, save
+from prunus.errors import BadRecipe, UnsupportedModel
+
+PLACEHOLDER = re.compile(r"unused|reserved|<extra_id_|<\|extra_|\[pad\d")
+"""Added tokens that a tokenizer keeps in reserve; they stay only where a text has them."""
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "▁"
+"""What SentencePiece writes for a space; spelled by bytes it would stay what it looks like."""
+ID_KEY = re.compile(r"(_token|^token)_(id|ids|index)$")
+"""Config keys whose values are ids."""
+ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
+STALE_FILES = ("tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json", "spiece.model")
+"""Other forms of the old vocabulary."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that stay.
+
+    Attributes:
+        ids: ascending; an id's place is its new id.
+        coverage: share of the text's tokens that stay as they are; the others are spelled by smaller ones.
+    """
+
+    ids: list[int]
+    coverage: float
+
+
+def count_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Counter[int]:
+    """How often each id occurs.
+
+    Args:
+        progress: called with the documents done.
+    """
+    counts: Counter[int] = Counter()
+    done = 0
+    for batch in _batches(documents):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            counts.update(encoding.ids)
+        done += len(batch)
+        progress(done)
+    return counts
+
+
+def choose(tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: int) -> Vocabulary:
+    """The `size` ids to keep: special tokens, bytes, and the most frequent with all that they are merged from; of
+    equally frequent ones those of lowest id, which tokenizers give to what is frequent elsewhere.
+
+    Raises:
+        BadRecipe: a size below what must stay, or above what there is.
+        UnsupportedModel: a tokenizer of another kind than BPE or Unigram.
+    """
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = _parts(definition)
+    vocabulary = tokenizer.get_vocab()
+    kept = set(_essential(tokenizer, definition, counts))
+    for id in list(kept):
+        kept |= parts(id)
+    if not len(kept) <= size <= len(vocabulary):
+        raise BadRecipe(
+            f"vocabulary of {size:,}: it needs at least {len(kept):,} (special tokens and bytes), and the teacher has "
+            f"{len(vocabulary):,}"
+        )
+    reserve = {token["id"] for token in definition["added_tokens"]}
+    for id in sorted(vocabulary.values(), key=lambda id: (-counts.get(id, 0), id in reserve, id)):
+        if len(kept) == size:
+            break
+        with_parts = {id} | parts(id)
+        if len(kept) + len(with_parts - kept) <= size:
+            kept |= with_parts
+    total = sum(counts.values())
+    coverage = sum(number for id, number in counts.items() if id in kept) / max(total, 1)
+    return Vocabulary(sorted(kept), coverage)
+
+
+def trim(checkpoint: Checkpoint, vocabulary: Vocabulary, *, to: Path) -> Checkpoint:
+    """The model with these tokens alone, written as a plain checkpoint with its tokenizer.
+
+    Raises:
+        UnsupportedModel: the family ties sizes to the vocabulary that this does not know of.
+    """
+    index = torch.tensor(vocabulary.ids)
+    tensors = {}
+    for name, tensor in checkpoint.tensors():
+        for dim, formula in enumerate(checkpoint.layout[name]):
+            places = dims.index(formula, checkpoint.architecture, {"vocab": index}.get)
+            tensor = tensor if places is None else tensor.index_select(dim, places)
+        tensors[name] = tensor
+    new_id = {old: new for new, old in enumerate(vocabulary.ids)}
+    config = _renumbered(checkpoint.config.to_dict(), new_id) | {checkpoint.family.fields["vocab"]: len(index)}
+    return save(
+        to,
+        type(checkpoint.config).from_dict(config),
+        tensors,
+        like=checkpoint,
+        extra_files=_tokenizer_files(checkpoint, new_id),
+        stale_files=STALE_FILES,
+    )
+
+
+def _parts(definition: Mapping[str, Any]) -> Callable[[int], set[int]]:
+    """Id → all ids that its token is merged from, however deep."""
+    model = definition["model"]
+    if model["type"] == "Unigram":
+        return lambda id: set()
+    if model["type"] != "BPE":
+        raise UnsupportedModel(
+            f"a {model['type']} tokenizer: its vocabulary cannot be cut, because it cannot spell what is cut off"
+        )
+    ids: dict[str, int] = model["vocab"]
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault(tuple(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    tokens = {id: token for token, id in ids.items()}
+
+    def parts(id: int) -> set[int]:
+        return {ids[part] for part in _derivation(tokens.get(id, ""), ranks) if part in ids}
+
+    return parts
+
+
+def _derivation(token: str, ranks: Mapping[tuple[str, str], int]) -> set[str]:
+    """What appears on the way from the characters of a token to it, as its tokenizer merges them."""
+    pieces, seen = list(token), set(token)
+    while len(pieces) > 1:
+        pairs = itertools.pairwise(pieces)
+        rank, place = min((ranks.get(pair, len(ranks)), place) for place, pair in enumerate(pairs))
+        if rank == len(ranks):
+            break
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+        seen.add(pieces[place])
+    return seen
+
+
+def _essential(
+    tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], counts: Mapping[int, int]
+) -> Iterator[int]:
+    """Ids that stay whatever the text: what is added to the model's vocabulary, and what spells all else."""
+    model = definition["model"]
+    ids = model["vocab"] if model["type"] == "BPE" else {token: id for id, (token, _) in enumerate(model["vocab"])}
+    templates = json.dumps(definition.get("post_processor")) + str(tokenizer.chat_template)
+    named = set(tokenizer.all_special_tokens)
+    for token in definition["added_tokens"]:
+        content = token["content"]
+        in_use = counts.get(token["id"], 0) or content in templates or content in named
+        if in_use or not PLACEHOLDER.search(content):
+            yield token["id"]
+    if model.get("unk_token") is not None:
+        yield ids[model["unk_token"]]
+    if model.get("unk_id") is not None:
+        yield model["unk_id"]
+    spelled_by_bytes = any(BYTE.fullmatch(token) for token in ids)
+    for token, id in ids.items():
+        if BYTE.fullmatch(token) or token == SPACE or (len(token) == 1 and not spelled_by_bytes):
+            yield id
+
+
+def _tokenizer_files(checkpoint: Checkpoint, new_id: Mapping[int, int]) -> dict[str, str]:
+    """File name → content, of all that names ids."""
+    tokenizer = checkpoint.tokenizer()
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    files = {"tokenizer.json": json.dumps(_trimmed_definition(definition, new_id), ensure_ascii=False)}
+    settings = checkpoint.folder / "tokenizer_config.json"
+    if settings.is_file():
+        values = json.loads(settings.read_text())
+        old = values.get("added_tokens_decoder", {})
+        if old:
+            values["added_tokens_decoder"] = {str(new_id[int(id)]): old[id] for id in old if int(id) in new_id}
+        files[settings.name] = json.dumps(values, indent=2, ensure_ascii=False)
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        values = _renumbered(GenerationConfig.from_pretrained(checkpoint.folder).to_diff_dict(), new_id)
+        files[generation.name] = json.dumps(values, indent=2)
+    return files
+
+
+def _trimmed_definition(definition: dict[str, Any], new_id: Mapping[int, int]) -> dict[str, Any]:
+    """tokenizer.json with the kept tokens under their new ids."""
+    trimmed = json.loads(json.dumps(definition))
+    model = trimmed["model"]
+    if model["type"] == "BPE":
+        model["vocab"] = {token: new_id[id] for token, id in model["vocab"].items() if id in new_id}
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        known = model["vocab"]
+        model["merges"] = [pair for pair in pairs if {*pair, pair[0] + pair[1]} <= known.keys()]
+    else:
+        model["vocab"] = [entry for id, entry in enumerate(model["vocab"]) if id in new_id]
+        model["unk_id"] = new_id.get(model["unk_id"])
+    added = [token | {"id": new_id[token["id"]]} for token in trimmed["added_tokens"] if token["id"] in new_id]
+    trimmed["added_tokens"] = added
+    _renumber_template(trimmed.get("post_processor"), new_id)
+    return trimmed
+
+
+def _renumber_template(processor: dict[str, Any] | None, new_id: Mapping[int, int]) -> None:
+    """The ids in a post-processor, in place."""
+    if processor is None:
+        return
+    for each in processor.get("processors", []):
+        _renumber_template(each, new_id)
+    for token in (processor.get("special_tokens") or {}).values():
+        token["ids"] = [new_id[id] for id in token["ids"]]
+    for key in ("sep", "cls"):
+        if isinstance(processor.get(key), list):
+            processor[key][1] = new_id[processor[key][1]]
+
+
+def _renumbered(values: Mapping[str, Any], new_id: Mapping[int, int]) -> dict[str, Any]:
+    """A config with new ids; of those that left, none."""
+
+    def renumber(value: Any) -> Any:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [renumber(item) for item in value if not isinstance(item, int) or item in new_id]
+        return new_id.get(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    return {key: renumber(value) if ID_KEY.search(key) or key in ID_LISTS else value for key, value in values.items()}
+
+
+def _batches(documents: Iterable[str], size: int = 256) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,157 @@
+"""A cut vocabulary spells every text, encodes what stays as before, and the model computes the same on it."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from prunus.checkpoint import Checkpoint
+from prunus.errors import BadRecipe, UnsupportedModel
+from prunus.vocabulary import choose, count_tokens, trim
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<unused0>", "<unused1>", "<|user|>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+TEXT = [" ".join(Path(json.__file__).read_text().split())]
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2, Llama 3, Qwen."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return raw
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2, Mistral, Gemma: "▁" for a space, bytes for characters that are no tokens."""
+    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL + BYTES))
+    definition = json.loads(raw.to_str())
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] not in BYTES]
+    return Tokenizer.from_str(json.dumps(definition))
+
+
+def unigram() -> Tokenizer:
+    """As T5, XLM-R."""
+    pieces = [(token, -1.0) for token in SPECIAL + BYTES]
+    counts = Counter(word for text in TEXT for word in text.replace(" ", " ▁").split(" "))
+    letters = Counter("".join(TEXT).replace(" ", "▁"))
+    pieces += [(token, -20.0) for token in letters] + [
+        (token, -8.0 - place / 100) for place, (token, _) in enumerate(counts.most_common(300)) if token not in letters
+    ]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=True))
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.Metaspace(),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    )
+    raw.add_special_tokens(SPECIAL)
+    return raw
+
+
+KINDS = {"byte-level": byte_level, "SentencePiece": sentencepiece, "Unigram": unigram}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    raw = KINDS[request.param]()
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
+    )
+    folder = tmp_path_factory.mktemp("vocabulary")
+    checkpoint = tiny_model("llama", folder, vocab_size=raw.get_vocab_size(), eos_token_id=[2, 6])
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def cut(model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, list[int]]:
+    tokenizer = model.tokenizer()
+    vocabulary = choose(tokenizer, count_tokens(tokenizer, [TEXT[0][:3000]]), 420)
+    assert len(vocabulary.ids) == 420
+    assert 0.8 < vocabulary.coverage <= 1
+    return trim(model, vocabulary, to=tmp_path_factory.mktemp("cut") / "model"), vocabulary.ids
+
+
+def random_strings(count: int) -> list[str]:
+    generator = random.Random(0)
+    kinds = [
+        lambda: chr(generator.choice([0x20, 0x400, 0x900, 0x3040, 0xAC00]) + generator.randrange(80)),
+        lambda: chr(generator.randrange(0x1F300, 0x1FAFF)),
+        lambda: generator.choice("abc .,\n\t<>|0"),
+    ]
+    return ["".join(kind() for _ in range(generator.randrange(1, 30))) for kind in generator.choices(kinds, k=count)]
+
+
+def test_what_the_old_vocabulary_spelled_the_new_one_does(model, cut):
+    old, new = model.tokenizer(), AutoTokenizer.from_pretrained(cut[0].folder)
+
+    def back(tokenizer, text):
+        return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+
+    strings = random_strings(1000) + TEXT
+    spelled = [text for text in strings if back(old, text) == text]
+    assert len(spelled) > 0.6 * len(strings)
+    assert [back(new, text) for text in spelled] == spelled
+
+
+def test_text_whose_tokens_stay_is_encoded_as_before(model, cut):
+    old, new = model.tokenizer(), AutoTokenizer.from_pretrained(cut[0].folder)
+    ids = set(cut[1])
+    found = 0
+    for word in TEXT[0].split():
+        before = old(word).input_ids
+        if ids.issuperset(before):
+            found += 1
+            assert [cut[1][id] for id in new(word).input_ids] == before
+    assert found > 300
+
+
+def test_the_model_computes_the_same_logits(model, cut):
+    student, ids = cut
+    reloaded = AutoModelForCausalLM.from_pretrained(student.folder)
+    tokens = torch.randint(0, len(ids), (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.module()(torch.tensor(ids)[tokens]).logits[..., ids]
+        torch.testing.assert_close(reloaded(tokens).logits, expected)
+
+
+def test_special_tokens_and_their_ids_follow(model, cut):
+    student, ids = cut
+    new, old = student.tokenizer(), model.tokenizer()
+    assert new.get_vocab().keys() < old.get_vocab().keys()
+    assert sorted(new.get_vocab().values()) == list(range(420))
+    assert "<unused0>" not in new.get_vocab()
+    for name in ("pad_token", "bos_token", "eos_token", "unk_token"):
+        assert getattr(new, name) == getattr(old, name)
+        assert ids[getattr(new, f"{name}_id")] == getattr(old, f"{name}_id")
+    assert student.config.eos_token_id == [new.eos_token_id, new.convert_tokens_to_ids("<|user|>")]
+    assert student.module().generation_config.eos_token_id == student.config.eos_token_id
+    messages = [{"role": "user", "content": "dict"}]
+    assert new.apply_chat_template(messages, tokenize=False) == old.apply_chat_template(messages, tokenize=False)
+    assert new("dict").input_ids[0] == new.bos_token_id
+
+
+@pytest.mark.parametrize("size", [100, 10**6])
+def test_impossible_sizes_are_refused(model, size):
+    with pytest.raises(BadRecipe, match="needs at least"):
+        choose(model.tokenizer(), {}, size)
+
+
+def test_a_tokenizer_that_cannot_spell_is_refused():
+    raw = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    with pytest.raises(UnsupportedModel, match="WordPiece"):
+        choose(PreTrainedTokenizerFast(tokenizer_object=raw), {}, 1)
