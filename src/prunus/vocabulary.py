@@ -102,11 +102,7 @@ def choose(tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: 
 
 
 def trim(checkpoint: Checkpoint, vocabulary: Vocabulary, *, to: Path) -> Checkpoint:
-    """The model with these tokens alone, written as a plain checkpoint with its tokenizer.
-
-    Raises:
-        UnsupportedModel: the family ties sizes to the vocabulary that this does not know of.
-    """
+    """The model with these tokens alone, written as a plain checkpoint with its tokenizer."""
     index = torch.tensor(vocabulary.ids)
     tensors = {}
     for name, tensor in checkpoint.tensors():
