@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from prunus.report import model_card, write_report
+from prunus.report import _training, model_card, write_report
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac{| & **b**"
 
@@ -193,6 +193,13 @@ class Page(HTMLParser):
         names = ("src", "srcset", "href", "xlink:href", "data", "action", "poster")
         self.fetched += [value or "" for name, value in attrs if name in names and tag != "a"]
         self.ids += [value or "" for name, value in attrs if name == "id"]
+
+
+def test_the_loss_of_a_training_is_not_that_of_two_steps() -> None:
+    losses = [0.3, 0.7, *[0.4] * 16, 0.1, 0.5]
+    training = {"steps": 20, "tokens": 20, "seconds": 1.0, "tokens_per_second": 20.0}
+    curve = [{"loss": loss, "learning_rate": 1e-4} for loss in losses]
+    assert dict(_training(training | {"curve": curve}))["loss, first and last tenth"] == "0.500 → 0.300"
 
 
 def test_full_page_has_every_part(html: str) -> None:

@@ -6,6 +6,7 @@ Both show the content of `5-report.json`, with the verdict in front. A part that
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,14 +183,17 @@ def _task_row(task: str, report: Report) -> dict[str, Any]:
 
 
 def _training(training: Report) -> list[tuple[str, str]]:
-    first, last = training["curve"][0], training["curve"][-1]
+    losses = [point["loss"] for point in training["curve"]]
+    # One step's loss says more of its text than of the student.
+    tenth = -(-len(losses) // 10)
+    first, last = (statistics.fmean(some) for some in (losses[:tenth], losses[-tenth:]))
     return [
         ("steps", formats.count(training["steps"])),
         ("tokens", formats.count(training["tokens"])),
         ("time", formats.seconds(training["seconds"])),
         ("tokens/s", formats.number(training["tokens_per_second"])),
         ("peak learning rate", f"{max(point['learning_rate'] for point in training['curve']):.2g}"),
-        ("loss", f"{formats.number(first['loss'])} → {formats.number(last['loss'])}"),
+        ("loss, first and last tenth", f"{formats.number(first)} → {formats.number(last)}"),
     ]
 
 
