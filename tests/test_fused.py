@@ -331,6 +331,22 @@ def test_the_cheapest_way_to_the_logits_that_is_fine_enough(
     assert taken == [WAYS[cheapest]]
 
 
+@needs_bf16
+@pytest.mark.parametrize("distance", [0.3, 0.03, 0.0])
+def test_a_wrong_expectation_costs_time_not_precision(distance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, labels = like_text(distance)
+    chosen: list[object] = []
+    choose = row_blocks.RowBlocks._first_fine_way
+    monkeypatch.setattr(row_blocks.RowBlocks, "_first_fine_way", lambda *given: chosen.append(1) or choose(*given))
+    found = [
+        gradients(fused_loss(*inputs, num_tokens=192, label_N=labels, expected=expected), *inputs[:2])
+        for expected in (None, 1.0)
+    ]
+    assert len(chosen) == (1 if distance == 0.3 else 2)  # only a far student's way was fine on trust
+    for plain, trusted in zip(*found, strict=True):
+        assert torch.equal(plain, trusted)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 def test_each_way_to_the_logits(way: object, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def losses_and_gradients(teacher, student, blocks, dtype, **choices):
     masters = Masters(losses, dtype, weight_decay=0.0)
     masters.publish()
     schedule = plan(settings, hidden=48, num_blocks=len(blocks), block_size=blocks.block_size)
-    point = accumulate(losses, masters, 0.0, 0, schedule)
+    point = accumulate(losses, masters, [], schedule)
     masters.clip(float("inf"))
     return point["loss"], torch.cat([value.grad.flatten() for value in masters.values.values()])
 

@@ -28,7 +28,7 @@ from prunus.evaluate import quality
 from prunus.frozen import freeze
 from prunus.masters import Masters, ShardedMasters
 from prunus.schedule import Plan, Settings, learning_rate, plan
-from prunus.step import STUDENT, Losses, accumulate, hidden_weight
+from prunus.step import STUDENT, Losses, accumulate
 from prunus.teacher import Cache, Live, Teacher, Text
 from prunus.text import Blocks
 
@@ -160,7 +160,7 @@ def distill(
         while len(state.curve) < schedule.steps and not _on_plateau(state.curve, settings.patience):
             step = len(state.curve)
             rate = state.rate_factor * learning_rate(step, schedule, settings)
-            point = accumulate(losses, masters, hidden_weight(state.curve, settings), step, schedule)
+            point = accumulate(losses, masters, state.curve, schedule)
             point |= {"learning_rate": rate, "norm": masters.clip(settings.clip)}
             if _is_bad(point, state.curve):
                 point["skipped"] = True

@@ -41,6 +41,7 @@ def divergence(
     label_N: Tensor | None = None,
     cross_entropy_share: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    expected: float | None = None,
 ) -> Tensor:
     """Divergence between teacher and student, with gradients to the student's hidden states and head.
 
@@ -62,6 +63,7 @@ def divergence(
             help to round the logits well.
         cross_entropy_share: c in [0, 1].
         chunk_tokens: tokens whose G is kept at once, `chunk_tokens` × V × 2 bytes in bf16.
+        expected: the loss per token of the step before, if there was one. It saves time where it is about right.
     Returns:
         float32 scalar.
     Raises:
@@ -82,7 +84,7 @@ def divergence(
     likely_ids = torch.empty(0, dtype=torch.int64, device=hidden_ND.device)
     if rounds(hidden_ND):
         likely_ids = _likely_ids(label_N, _shared_vocab(student, targets))
-    loss = Loss(KERNELS[kind], temperature, mix, cross_entropy_share, labels, likely_ids)
+    loss = Loss(KERNELS[kind], temperature, mix, cross_entropy_share, labels, likely_ids, expected)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here, op by op
         return _Fused.apply(
             hidden_ND, student.weight_VD, student.bias_V, student, targets, loss, needs, num_tokens, chunk_tokens

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prunus import attention, norms
+from prunus import attention, faster, norms, rotary
 
 MATMUL_SIZE = 1024
 
@@ -47,10 +47,11 @@ def keep_freed_memory() -> None:
 
 
 def place(model: Model, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
-    """`model.to(...)` (transformers' own hides its types), with the attention and the norms that are fastest there."""
+    """`model.to(...)` (transformers' own hides its types), with the fastest attention, norms and rotary embeddings."""
     torch.nn.Module.to(model, device=device, dtype=dtype)
     attention.install(model)
     norms.install(model)
+    rotary.install(model)
     return model
 
 
@@ -58,7 +59,7 @@ def place(model: Model, *, device: torch.device | None = None, dtype: torch.dtyp
 def plain(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Inside, these models run as transformers alone would run them."""
     models = list(models)
-    with attention.uninstalled(models), norms.uninstalled(models):
+    with attention.uninstalled(models), faster.uninstalled(models):
         yield
 
 

@@ -9,10 +9,8 @@ Shapes: N rows (tokens, or tokens × heads), H channels.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CLOSE = 2**-6
-"""Two bfloat16 results of the same formula differ by less, relative to the largest value."""
+from prunus.faster import CLOSE, Faster
 
 
-class Fast(nn.Module):
-    """What an RMSNorm becomes a subclass of, and how it computes then."""
+class Fast(Faster):
+    """How an RMSNorm computes then."""
 
     weight: Tensor
     offset: int
@@ -40,19 +37,6 @@ def install(model: nn.Module) -> None:
     for module in model.modules():
         if _looks_like_one(module):
             _try(module)
-
-
-@contextlib.contextmanager
-def uninstalled(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, these models use transformers' norms."""
-    changed = {module: type(module) for model in models for module in model.modules() if isinstance(module, Fast)}
-    for module, fast in changed.items():
-        module.__class__ = fast.__bases__[1]
-    try:
-        yield
-    finally:
-        for module, fast in changed.items():
-            module.__class__ = fast
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -79,12 +63,11 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight_H, r_N1 = ctx.saved_tensors
         grad_wide, unit = _wide(grad), _wide(x).mul_(r_N1)
-        grad_weight_H = None
-        if ctx.needs_input_grad[1]:
-            grad_weight_H = (grad_wide * unit).flatten(0, -2).sum(0).to(weight_H.dtype)
-        grad_wide.mul_(weight_H.to(grad_wide.dtype))
-        mean_N1 = torch.linalg.vecdot(grad_wide, unit)[..., None].div_(x.shape[-1])
-        return grad_wide.sub_(unit.mul_(mean_N1)).mul_(r_N1).to(x.dtype), grad_weight_H, None
+        wide_H = weight_H.to(grad_wide.dtype)
+        product = grad_wide * unit
+        grad_weight_H = product.flatten(0, -2).sum(0).to(weight_H.dtype) if ctx.needs_input_grad[1] else None
+        minus_mean_N1 = (product @ wide_H)[..., None].div_(-x.shape[-1])
+        return grad_wide.mul_(wide_H).addcmul_(unit, minus_mean_N1).mul_(r_N1).to(x.dtype), grad_weight_H, None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -94,7 +77,6 @@ def _wide(x: Tensor) -> Tensor:
 
 @functools.cache
 def _faster(norm: type[nn.Module], offset: int) -> type[Fast]:
-    """A class rather than a function on each module, so that torch.compile sees one layer, not thirty."""
     return type(norm.__name__, (Fast, norm), {"offset": offset})
 
 

@@ -68,8 +68,9 @@ class Losses(nn.Module):
             some = [part.to(hardware.device()) for part in blocks.batch(range(min(FIT_BLOCKS, len(blocks))))]
             self.projectors = hidden.projectors(pairs, student, teacher, *some)
 
-    def forward(self, batch: Batch, num_tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Divergence and hidden-state loss of these blocks, each divided by the tokens of the whole step."""
+    def forward(self, batch: Batch, num_tokens: int, expected: float | None = None) -> tuple[Tensor, Tensor | None]:
+        """Divergence and hidden-state loss of these blocks, each divided by the tokens of the whole step. `expected` is
+        the divergence of the last one."""
         (teacher,) = self._teacher
         settings, (indices, tokens_BS, positions_BS, mask_BS) = self.settings, batch
         mask_N = mask_BS.flatten()
@@ -97,6 +98,7 @@ class Losses(nn.Module):
             label_N=tokens_BS.roll(-1, dims=1).flatten(),
             cross_entropy_share=settings.cross_entropy_share,
             chunk_tokens=self.chunk_tokens,
+            expected=expected,
         )
         if pairs is None or settings.hidden_loss is None:
             return loss, None
@@ -104,20 +106,17 @@ class Losses(nn.Module):
         return loss, hidden.loss(settings.hidden_loss, *states, num_tokens=num_tokens, mask_N=mask_N)
 
 
-def accumulate(losses: Losses, masters: Masters, weight: float, step: int, schedule: Plan) -> dict[str, Any]:
-    """Gradients of one step on the masters, and its losses. Every micro-batch is divided by the tokens of the whole
-    step, over all ranks, so the result depends neither on the split nor on their number.
-
-    Args:
-        weight: of the hidden-state loss.
-    """
+def accumulate(losses: Losses, masters: Masters, curve: list[dict[str, Any]], schedule: Plan) -> dict[str, Any]:
+    """Gradients of the step after those of `curve` on the masters, and its losses. Every micro-batch is divided by the
+    tokens of the whole step, over all ranks, so the result depends neither on the split nor on their number."""
+    weight, earlier = hidden_weight(curve, losses.settings), _last(curve)
     sums = {"loss": 0.0} | ({"hidden_loss": 0.0} if losses.settings.hidden_loss else {})
-    mine = _batch(losses, step, schedule)
+    mine = _batch(losses, len(curve), schedule)
     num_tokens = int(parallel.total({"tokens": int(mine.mask_BS.sum())})["tokens"])
     for start in range(0, len(mine.indices), losses.micro_blocks):
         stop = start + losses.micro_blocks
         parallel.sync_gradients(losses, stop >= len(mine.indices))
-        loss, hidden_loss = losses(mine.part(start, stop), max(num_tokens, 1))
+        loss, hidden_loss = losses(mine.part(start, stop), max(num_tokens, 1), earlier and earlier["loss"])
         sums["loss"] += float(loss.detach())
         if hidden_loss is not None:
             sums["hidden_loss"] += float(hidden_loss.detach())
@@ -145,7 +144,11 @@ def _batch(losses: Losses, step: int, schedule: Plan) -> Batch:
 def hidden_weight(curve: list[dict[str, Any]], settings: Settings) -> float:
     """α = hidden_weight · L_logits / L_hidden, so that both pull alike (Minitron, arXiv:2407.14679, eq. 6): of the last
     step that was not left out, so that it does not depend on how this one is split; 0 before there is one."""
-    done = next((point for point in reversed(curve) if "skipped" not in point), None)
+    done = _last(curve)
     if settings.hidden_loss is None or done is None:
         return 0.0
     return settings.hidden_weight * done["loss"] / max(done["hidden_loss"], 1e-12)
+
+
+def _last(curve: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((point for point in reversed(curve) if "skipped" not in point), None)
