@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 
 from prunus import faster, hardware, rotary
 from prunus.families import known_families
+from prunus.layerwise import layers_of
 
 
 def test_equals_transformers_in_value_and_gradient() -> None:
@@ -44,3 +45,12 @@ def test_a_model_computes_the_same_with_and_without(family: str, tmp_path: Path)
         theirs = model(tokens).logits
     assert installed == sum(isinstance(module, faster.Faster) for module in model.modules())
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_compile_sees_the_plain_function(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model").module(torch.float32)
+    tokens = torch.randint(model.config.vocab_size, (2, 9))
+    plain = model(tokens).logits
+    for layer in layers_of(model):
+        layer.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-4, atol=1e-5)

@@ -76,15 +76,20 @@ def _of(attention: Any) -> type[Faster] | None:
     globals_ = forward.__globals__ | {NAME: _like(own)}
     ours = FunctionType(forward.__code__, globals_, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
-    return type(attention.__name__, (Faster, attention), {"forward": functools.wraps(forward)(ours)})
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **options: Any) -> Any:
+        return (forward if torch.compiler.is_compiling() else ours)(self, *args, **options)
+
+    return type(attention.__name__, (Faster, attention), {"forward": call})
 
 
 def _like(own: Function) -> Function:
-    """What stands for `own`: the same where the tables fit, and are no graph to be compiled."""
+    """What stands for `own`: the same, where the tables fit."""
 
     def apply(q_BASD: Tensor, k_BASD: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
         fits = cos.shape[-1] == q_BASD.shape[-1] and q_BASD.dtype == k_BASD.dtype == cos.dtype == sin.dtype
-        if rest or options or not fits or cos.ndim != 3 or torch.compiler.is_compiling():
+        if rest or options or not fits or cos.ndim != 3:
             return own(q_BASD, k_BASD, cos, sin, *rest, **options)
         cos, sin = cos[:, None], sin[:, None]
         return rotate(q_BASD, cos, sin), rotate(k_BASD, cos, sin)
