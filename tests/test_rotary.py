@@ -47,6 +47,7 @@ def test_a_model_computes_the_same_with_and_without(family: str, tmp_path: Path)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_torch_compile_sees_the_plain_function(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path / "model").module(torch.float32)
     tokens = torch.randint(model.config.vocab_size, (2, 9))
