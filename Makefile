@@ -20,7 +20,7 @@ demo: .venv/demo
 	@echo "Look at demo/run/report.html; the student is demo/run/4-distilled"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

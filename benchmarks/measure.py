@@ -16,6 +16,7 @@ from turns import timed
 import prunus as pr
 from prunus import hardware, text
 from prunus.measure import leave_one_out, measure
+from prunus.source import in_memory
 
 ROUNDS = 3
 BATCH_BLOCKS = 4
@@ -38,8 +39,8 @@ def main() -> None:
         one_pass = timed(
             {
                 "plain forward": lambda: plain(model, blocks),
-                "measure": lambda: measure(teacher, blocks, model=model, grams=False),
-                "measure with Gram matrices": lambda: measure(teacher, blocks, model=model, grams=True),
+                "measure": lambda: measure(teacher, blocks, source=in_memory(model), grams=False),
+                "measure with Gram matrices": lambda: measure(teacher, blocks, source=in_memory(model), grams=True),
             },
             rounds=ROUNDS,
         )
@@ -48,7 +49,7 @@ def main() -> None:
         alone = timed(
             {
                 "plain forward": lambda: plain(model, few),
-                "leave one out": lambda: leave_one_out(teacher, few, model=model),
+                "leave one out": lambda: leave_one_out(teacher, few, source=in_memory(model)),
             },
             rounds=ROUNDS,
         )

@@ -18,6 +18,7 @@ from prunus.evaluate import quality
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import build, cut, repaired
+from prunus.source import in_memory
 
 HELD_OUT_BLOCKS = 40
 CUTS = {
@@ -52,7 +53,7 @@ def run(teacher: pr.Checkpoint, calibration: text.Blocks, heldout: text.Blocks, 
     print(f"calibration {calibration.num_tokens} tokens, held out {heldout.num_tokens} tokens")
     print(f"teacher {quality(model, heldout).perplexity:.2f}")
     grams = any(function == "reconstruction" for key in cuts for _, function in CUTS[key])
-    statistics = measure(teacher, calibration, model=model, grams=grams)
+    statistics = measure(teacher, calibration, source=in_memory(model), grams=grams)
     for key in cuts:
         axis, _, size = key.partition("=")
         target = teacher.architecture.replace(**{axis: int(size)})

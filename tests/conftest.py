@@ -42,6 +42,10 @@ OWN = {
 }  # fmt: skip
 
 
+def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {name: tensor.whole() for name, tensor in checkpoint.tensors()}
+
+
 @dataclass
 class RandomBlocks:
     """What a walk needs of text: random tokens, with a document border inside each block."""

@@ -1,6 +1,7 @@
 """Every mistake of the user's: exit code 2, a message that names the thing and the way out, and a disk as it was."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -15,10 +16,9 @@ import pytest
 import torch
 from conftest import make_text, small_flags
 from filelock import FileLock
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prunus import checkpoint
+from prunus import weights
 from prunus.families import known_families
 from prunus.recipe import STAGES
 from prunus.run import OUTPUTS
@@ -458,12 +458,12 @@ def test_too_little_space_for_the_next_stage(invoke, started, tmp_path, monkeypa
 
 
 def test_the_disk_fills_up_while_weights_are_written(invoke, started, tmp_path, monkeypatch):
-    def write_half(tensors: object, file: Path, **_: object) -> None:
-        file.write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def write_half(folder: Path, _: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", write_half)
+        patched.setattr(weights, "write", write_half)
         message = stopped(invoke, started, tmp_path / "run")
     assert "3-pruned: the disk is full; nothing was left half-written. Free some space" in message
     assert not (tmp_path / "run" / "3-pruned").exists()
@@ -510,7 +510,7 @@ def test_permission_lost_during_a_stage(invoke, started, tmp_path, monkeypatch):
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/some/file")
 
-    monkeypatch.setattr(checkpoint, "save_file", denied)
+    monkeypatch.setattr(weights, "write", denied)
     message = stopped(invoke, started, tmp_path / "run")
     assert "/some/file: Permission denied. Check the path and its permissions" in message
 

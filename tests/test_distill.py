@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, weights_of
 from transformers import AutoTokenizer
 
 import prunus as pr
@@ -50,7 +50,7 @@ def curve(checkpoint):
 
 
 def weights(checkpoint):
-    return torch.cat([tensor.flatten() for _, tensor in sorted(checkpoint.tensors())])
+    return torch.cat([tensor.flatten() for _, tensor in sorted(weights_of(checkpoint).items())])
 
 
 def test_the_loss_falls(setting, tmp_path):

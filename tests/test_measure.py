@@ -1,13 +1,17 @@
 """Statistics against direct computation, and what they must not depend on."""
 
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 
+from prunus import hardware
 from prunus.layerwise import gram
 from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
+from prunus.source import in_memory, on_disk, opened
 
 
 def hidden_states(teacher, blocks):
@@ -63,7 +67,7 @@ def test_statistics_do_not_depend_on_the_batch_split(teacher, blocks, monkeypatc
 def test_measuring_leaves_the_model_as_it_was(llama, blocks):
     model = llama.module()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    measure(llama, blocks, model=model)
+    measure(llama, blocks, source=in_memory(model))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -102,3 +106,23 @@ def test_gram_is_exact_in_both_types():
     rounded = x.bfloat16()
     exact = rounded.double().T @ rounded.double()
     assert (gram(rounded).double() - exact).norm() / exact.norm() < 1e-4
+
+
+def test_layer_by_layer_from_disk_is_the_same(teacher, blocks):
+    source = on_disk(teacher)
+    found, expected = measure(teacher, blocks, source=source), measure(teacher, blocks)
+    for group in ("reductions", "energies", "sums", "inverse_gram"):
+        assert getattr(found, group).keys() == getattr(expected, group).keys()
+        for name, value in getattr(expected, group).items():
+            assert torch.equal(getattr(found, group)[name], value), name
+    losses = [leave_one_out(teacher, blocks, source=each) for each in (source, None)]
+    assert losses[0][0] == losses[1][0]
+    assert torch.equal(losses[0][1], losses[1][1])
+    assert all(weight.is_meta for weight in source.model.parameters())
+
+
+def test_a_model_larger_than_memory_is_read_layer_by_layer(llama, monkeypatch):
+    assert not any(weight.is_meta for weight in opened(llama).model.parameters())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=llama.bytes))
+    monkeypatch.setattr(hardware, "device", lambda: torch.device("cpu"))
+    assert all(weight.is_meta for weight in opened(llama).model.parameters())

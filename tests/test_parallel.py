@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_tokenizer, small_flags, tiny_model
+from conftest import add_tokenizer, small_flags, tiny_model, weights_of
 
 import prunus as pr
 from prunus import parallel
@@ -58,7 +58,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
 def assert_same(folder: Path, expected: Path) -> None:
     for key in ("loss", "norm"):
         assert [p[key] for p in curve(folder)] == pytest.approx([p[key] for p in curve(expected)], rel=1e-5)
-    weights, wanted = (dict(pr.load(path).tensors()) for path in (folder, expected))
+    weights, wanted = (weights_of(pr.load(path)) for path in (folder, expected))
     assert weights.keys() == wanted.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5)

@@ -14,8 +14,8 @@ from prunus.families import known_families
 PACKAGE = Path(pr.__file__).parent
 LAYERS = """
     errors dims architecture families.family families._decoder families
-    cost files attention norms hardware frozen layerwise parallel losses kernels head
-    checkpoint documents text scores measure importance selection repair refit prune vocabulary
+    cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
+    weights checkpoint source documents text scores measure importance selection repair refit prune vocabulary
     row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step distill trackers
     budget search formats pictures verdict report

@@ -32,7 +32,11 @@ sequences they are computed again, so that memory grows with S, not S²."""
 
 def install(model: nn.Module) -> None:
     """Let a transformers model on a CPU attend by `attend`; others are left as they are."""
-    if isinstance(model, PreTrainedModel) and model.device.type == "cpu" and model.config._attn_implementation == PLAIN:
+    if (
+        isinstance(model, PreTrainedModel)
+        and model.device.type != "cuda"
+        and model.config._attn_implementation == PLAIN
+    ):
         model.set_attn_implementation(NAME)
 
 

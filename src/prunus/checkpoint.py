@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -30,14 +31,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prunus import cost, dims, hardware
+from prunus import cost, dims, hardware, weights
 from prunus.architecture import Architecture, from_config
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, family_of
-from prunus.files import atomic_folder, save_file
+from prunus.files import atomic_folder
+from prunus.weights import Parts
 
-SHARD_BYTES = 4 * 1000**3
-INDEX = "model.safetensors.index.json"
+RELOADED_BYTES = 1024**3
+"""Models up to this size are read back by transformers and compared when they have been written; of larger ones, which
+may not fit in memory, only names and shapes."""
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
 COPIED_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
                 "chat_template*", "merges.txt", "vocab*", "LICENSE*"]  # fmt: skip
@@ -75,7 +78,8 @@ class Checkpoint:
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        return self.tensor(f"{self.family.embedding}.weight").dtype
+        name = f"{self.family.embedding}.weight"
+        return weights.stored(self.files[name], name).dtype
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -90,13 +94,10 @@ class Checkpoint:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, file by file; one in memory at a time."""
-        for path in sorted(set(self.files.values())):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-                    if name in self.files:
-                        yield name, file.get_tensor(name)
+    def tensors(self) -> Iterator[tuple[str, Parts]]:
+        """All tensors, file by file, to be read in parts."""
+        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
+            yield name, weights.stored(self.files[name], name)
 
     def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
@@ -104,6 +105,11 @@ class Checkpoint:
             config = without_dropout(self.config)
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=config)
         return hardware.place(model, device=device).eval()
+
+    def skeleton(self) -> PreTrainedModel:
+        """The same without its weights, which lie on the meta device; only its buffers are there."""
+        with _quiet(), init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(without_dropout(self.config), dtype=self.dtype).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
@@ -154,7 +160,9 @@ def verify_weights(checkpoint: Checkpoint) -> None:
     Raises:
         BadCheckpoint: names the tensors that hold NaN or infinity.
     """
-    broken = [name for name, tensor in checkpoint.tensors() if not torch.isfinite(tensor).all()]
+    broken = [
+        name for name, tensor in checkpoint.tensors() if not all(torch.isfinite(part).all() for part in tensor.read())
+    ]
     if broken:
         raise BadCheckpoint(
             f"{checkpoint.name}: {len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}"
@@ -165,13 +173,14 @@ def verify_weights(checkpoint: Checkpoint) -> None:
 def save(
     folder: Path,
     config: PreTrainedConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Parts],
     *,
     like: Checkpoint,
     extra_files: Mapping[str, str] | None = None,
     stale_files: Iterable[str] = (),
 ) -> Checkpoint:
-    """Write a plain checkpoint beside `folder`, load it with transformers, compare, and only then rename it there.
+    """Write a plain checkpoint beside `folder`, compare it with what transformers makes of it (see `RELOADED_BYTES`),
+    and only then rename it there.
 
     Args:
         config: of the model that `tensors` belong to.
@@ -182,9 +191,10 @@ def save(
     Raises:
         BadCheckpoint: what transformers loads is not, bit for bit, what was meant. BadOutput: the disk is full.
     """
+    parts = {name: weights.of(tensor) for name, tensor in tensors.items()}
     with atomic_folder(folder) as partial:
-        _write_model(partial, config, tensors)
-        _compare(_open_folder(partial, name=str(folder)).module(), tensors, name=str(folder))
+        _write_model(partial, config, parts)
+        _compare(_open_folder(partial, name=str(folder)), parts, name=str(folder))
         for pattern in COPIED_FILES:
             for file in like.folder.glob(pattern):
                 shutil.copy(file, partial)
@@ -196,10 +206,15 @@ def save(
     return _open_folder(folder, name=str(folder))
 
 
-def _compare(loaded: PreTrainedModel, tensors: Mapping[str, Tensor], *, name: str) -> None:
-    found = dict(loaded.named_parameters())
+def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) -> None:
+    reloaded = sum(tensor.nbytes for tensor in tensors.values()) <= RELOADED_BYTES
+    model = written.module() if reloaded else written.skeleton()
+    found = dict(model.named_parameters())
     wrong = sorted(found.keys() ^ tensors.keys()) or [
-        tensor for tensor, value in tensors.items() if not torch.equal(found[tensor], value.to("cpu"))
+        tensor
+        for tensor, parts in tensors.items()
+        if found[tensor].shape != parts.shape
+        or (reloaded and not all(torch.equal(found[tensor][rows], part.cpu()) for rows, part in parts.numbered()))
     ]
     if wrong:
         raise BadCheckpoint(
@@ -208,16 +223,8 @@ def _compare(loaded: PreTrainedModel, tensors: Mapping[str, Tensor], *, name: st
         )
 
 
-def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> None:
-    shards = _shards(tensors)
-    for number, names in enumerate(shards, start=1):
-        shard = {name: tensors[name].contiguous() for name in names}
-        save_file(shard, folder / _shard_name(number, len(shards)), metadata={"format": "pt"})
-    if len(shards) > 1:
-        numbered = enumerate(shards, start=1)
-        weight_map = {name: _shard_name(number, len(shards)) for number, names in numbered for name in names}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Parts]) -> None:
+    weights.write(folder, tensors)
     config.save_pretrained(folder)
 
 
@@ -251,11 +258,11 @@ def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, t
                 "Convert once, in a sandbox: load with transformers and save_pretrained(), which writes safetensors."
             )
         raise BadCheckpoint(f"{name}: no .safetensors file in {folder}; the download may be incomplete")
-    if (folder / INDEX).is_file():
+    if (folder / weights.INDEX).is_file():
         try:
-            wanted = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+            wanted = set(json.loads((folder / weights.INDEX).read_text())["weight_map"].values())
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{name}: {INDEX} is damaged ({error}); download it again") from error
+            raise BadCheckpoint(f"{name}: {weights.INDEX} is damaged ({error}); download it again") from error
         missing = sorted(wanted - {path.name for path in paths})
         if missing:
             raise BadCheckpoint(f"{name}: {', '.join(missing)} missing though the index names it; download it again")
@@ -351,7 +358,7 @@ def _dequantised(file: Path, cache: Path) -> Path:
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     with atomic_folder(folder) as partial:
-        _write_model(partial, model.config, tensors)
+        _write_model(partial, model.config, {name: weights.of(tensor) for name, tensor in tensors.items()})
         tokenizer.save_pretrained(partial)
         GenerationConfig.from_model_config(model.config).save_pretrained(partial)
     return folder
@@ -369,19 +376,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
-
-
-def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

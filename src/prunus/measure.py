@@ -21,10 +21,14 @@ from prunus.families import Family
 from prunus.head import head_of
 from prunus.layerwise import TokenBlocks
 from prunus.scores import load_tensors, save_tensors
+from prunus.source import Source, opened
+from prunus.weights import Parts
 
 BATCH_BLOCKS = 4
 GRAM_TOKENS = 8192
 """Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
+SOLVED_COLUMNS = 1024
+"""Columns of a triangular inverse that are in memory at once."""
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 
@@ -59,7 +63,7 @@ def measure(
     teacher: Checkpoint,
     blocks: TokenBlocks,
     *,
-    model: PreTrainedModel | None = None,
+    source: Source | None = None,
     grams: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
@@ -67,35 +71,35 @@ def measure(
 
     Args:
         blocks: calibration text.
-        model: the teacher's module, if at hand.
+        source: where the teacher's layers are, if it is at hand; opened otherwise, on disk where memory is short.
         grams: also the Gram matrix of each FFN's neurons, for the "reconstruction" score. One is alive at a time;
             without them the pass costs about half as much.
         progress: called with the layers done and in all.
     """
-    model = model or teacher.module(device=hardware.device())
-    family, layers = teacher.family, layerwise.layers_of(model)
-    batches = layerwise.enter_all(model, blocks, batch_blocks=BATCH_BLOCKS)
-    passes = [_LayerPass(family, grams=grams, head_dim=teacher.architecture.head_dim) for _ in layers]
-    for number, layer in enumerate(layers):
+    source, family = source or opened(teacher), teacher.family
+    with source.outer():
+        batches = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
+    count = teacher.architecture.layers
+    passes = [_LayerPass(family, grams=grams, head_dim=teacher.architecture.head_dim) for _ in range(count)]
+    for number, layer in enumerate(source.layers()):
         with layerwise.observe(layer, passes[number].observers()):
             for batch in batches:
                 before = batch.stream_BSH
                 batch.stream_BSH = layerwise.run_layer(layer, before, batch.layer_inputs[number])
                 passes[number].add_cosine(before, batch.stream_BSH)
         passes[number].finish()
-        progress(number + 1, len(layers))
+        progress(number + 1, count)
     final = _Reducer()
-    final_energy = torch.zeros(teacher.architecture.hidden, device=model.device)
-    norm = model.get_submodule(family.final_norm)
-    for batch in batches:
-        final_energy += _energy(batch.stream_BSH, centred=family.centred)
-        final.add(norm(batch.stream_BSH))
-    return _collect(teacher, model, blocks, passes, final, final_energy)
+    final_energy = torch.zeros(teacher.architecture.hidden, device=hardware.device())
+    with source.filled(family.final_norm) as norm:
+        for batch in batches:
+            final_energy += _energy(batch.stream_BSH, centred=family.centred)
+            final.add(norm(batch.stream_BSH))
+    return _collect(teacher, blocks, passes, final, final_energy)
 
 
 def _collect(
     teacher: Checkpoint,
-    model: PreTrainedModel,
     blocks: TokenBlocks,
     passes: list[_LayerPass],
     final: _Reducer,
@@ -113,7 +117,7 @@ def _collect(
     return Statistics(
         reductions=signals,
         energies=energies | {family.final_norm: final_energy.cpu()},
-        sums={"cosine": torch.stack([layer.cosine for layer in passes]).cpu(), **_weight_norms(teacher, model)},
+        sums={"cosine": torch.stack([layer.cosine for layer in passes]).cpu(), **_weight_norms(teacher)},
         inverse_gram={"ffn": torch.stack([layer.inverse_gram for layer in passes]).cpu()} if passes[0].grams else {},
         num_blocks=len(blocks),
         num_tokens=tokens,
@@ -224,14 +228,22 @@ def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
 def inverse_diagonal(gram_FF: Tensor, *, damping: float = 0.01) -> Tensor:
     """diag (G + λI)⁻¹ with λ = damping · mean diag G; float32 [F]. Its inverse is the energy of a neuron that the
     others cannot linearly predict."""
-    ridge = damping * gram_FF.diagonal().mean().clamp_min(1e-12)  # a layer may be dead
-    identity_FF = torch.eye(len(gram_FF), device=gram_FF.device)
-    factor_FF = torch.linalg.cholesky(gram_FF + ridge * identity_FF)
-    # (LLᵀ)⁻¹ = L⁻ᵀL⁻¹, whose diagonal is the squared norms of the columns of L⁻¹; LAPACK's whole inverse is slower.
-    return torch.linalg.solve_triangular(factor_FF, identity_FF, upper=False).square().sum(0)
+    gram_FF = gram_FF.clone()
+    diagonal_F = gram_FF.diagonal()
+    diagonal_F += damping * diagonal_F.mean().clamp_min(1e-12)  # a layer may be dead
+    factor_FF = torch.linalg.cholesky(gram_FF, out=gram_FF)
+    # (LLᵀ)⁻¹ = L⁻ᵀL⁻¹, whose diagonal is the squared norms of the columns of L⁻¹; LAPACK's whole inverse is slower. A
+    # column of L⁻¹ begins on the diagonal, so that of later ones ever smaller triangles are solved.
+    squared_F = torch.empty_like(diagonal_F)
+    for start in range(0, len(factor_FF), SOLVED_COLUMNS):
+        stop = min(start + SOLVED_COLUMNS, len(factor_FF))
+        columns = torch.eye(len(factor_FF) - start, stop - start, device=factor_FF.device)
+        solved = torch.linalg.solve_triangular(factor_FF[start:, start:], columns, upper=False)
+        squared_F[start:stop] = solved.square_().sum(0)
+    return squared_F
 
 
-def _weight_norms(teacher: Checkpoint, model: PreTrainedModel) -> dict[str, Tensor]:
+def _weight_norms(teacher: Checkpoint) -> dict[str, Tensor]:
     """Squared norms of the weights that belong to each neuron, head, group and hidden channel."""
     family, sizes = teacher.family, teacher.architecture
     units = {"ffn": "ffn_weight", "heads": "head_weight", "kv_heads": "kv_weight"}
@@ -239,13 +251,13 @@ def _weight_norms(teacher: Checkpoint, model: PreTrainedModel) -> dict[str, Tens
     norms["hidden_weight"] = torch.zeros(sizes.hidden)
     norms["write_weight"] = torch.zeros(sizes.layers, sizes.ffn)
     writes = {f"{branch.write}.weight" for branch in family.branches if branch.inner == "ffn"}
-    for name, formulas in teacher.layout.items():
+    for name, tensor in teacher.tensors():
+        formulas = teacher.layout[name]
         if len(formulas) < 2:
             continue
-        squares = model.get_parameter(name).detach().float().square()
         layer, local = family.split(name)
-        for dim, formula in enumerate(formulas):
-            along = squares.sum(1 - dim).cpu()
+        squares = _squares(tensor)
+        for along, formula in zip(squares, formulas, strict=True):
             if formula == "hidden":
                 norms["hidden_weight"] += along
             for unit in dims.names(formula) & units.keys():
@@ -253,8 +265,18 @@ def _weight_norms(teacher: Checkpoint, model: PreTrainedModel) -> dict[str, Tens
                     owner = dims.owner(formula, sizes, unit)
                     norms[units[unit]][layer].index_add_(0, owner[owner >= 0], along[owner >= 0])
         if local in writes and layer is not None:
-            norms["write_weight"][layer] += squares.sum(0).cpu()
+            norms["write_weight"][layer] += squares[1]
     return norms
+
+
+def _squares(tensor: Parts) -> tuple[Tensor, Tensor]:
+    """Squared norms of a matrix's rows, and of its columns."""
+    rows, columns = (torch.zeros(size) for size in tensor.shape)
+    for place, part in tensor.numbered():
+        squares = part.to(torch.float32, copy=True).square_()
+        rows[place] = squares.sum(1)
+        columns += squares.sum(0)
+    return rows, columns
 
 
 @torch.no_grad()
@@ -262,7 +284,7 @@ def leave_one_out(
     teacher: Checkpoint,
     blocks: TokenBlocks,
     *,
-    model: PreTrainedModel | None = None,
+    source: Source | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[float, Tensor]:
     """Loss of the teacher, and with each layer removed.
@@ -273,27 +295,29 @@ def leave_one_out(
     Returns:
         loss of the whole model, and float32 [L] losses, nats per predicted token.
     """
-    model = model or teacher.module(device=hardware.device())
-    layers = layerwise.layers_of(model)
-    total, counted = torch.zeros(len(layers) + 1, dtype=torch.float64), 0
-    whole = layerwise.enter_all(model, blocks, batch_blocks=BATCH_BLOCKS)
+    source, count = source or opened(teacher), teacher.architecture.layers
+    total, counted = torch.zeros(count + 1, dtype=torch.float64), 0
+    with source.outer():
+        whole = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
     variants: list[list[Tensor]] = [[] for _ in whole]
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(source.layers()):
         for batch, streams in zip(whole, variants, strict=True):
             inputs = batch.layer_inputs[number]
             streams[:] = [layerwise.run_layer(layer, stream, inputs) for stream in streams]
             streams.append(batch.stream_BSH)
             batch.stream_BSH = layerwise.run_layer(layer, batch.stream_BSH, inputs)
-        progress(number + 1, len(layers))
-    for place, (batch, streams) in enumerate(zip(whole, variants, strict=True)):
-        start = place * BATCH_BLOCKS
-        indices = list(range(start, start + len(batch.stream_BSH)))
-        tokens_BS, positions_BS = (part.to(model.device) for part in blocks.batch(indices))
-        targets_BS = positions_BS[:, 1:] == positions_BS[:, :-1] + 1
-        counted += int(targets_BS.sum())
-        for variant, stream in enumerate([*streams, batch.stream_BSH]):
-            hidden_BSH = model.get_submodule(teacher.family.final_norm)(stream)
-            total[variant] += _summed_loss(model, hidden_BSH[:, :-1][targets_BS], tokens_BS[:, 1:][targets_BS])
+        progress(number + 1, count)
+    family, model = teacher.family, source.model
+    with source.filled(family.final_norm) as norm, source.filled(family.head):
+        for place, (batch, streams) in enumerate(zip(whole, variants, strict=True)):
+            start = place * BATCH_BLOCKS
+            indices = list(range(start, start + len(batch.stream_BSH)))
+            tokens_BS, positions_BS = (part.to(batch.stream_BSH.device) for part in blocks.batch(indices))
+            targets_BS = positions_BS[:, 1:] == positions_BS[:, :-1] + 1
+            counted += int(targets_BS.sum())
+            for variant, stream in enumerate([*streams, batch.stream_BSH]):
+                hidden_NH = norm(stream)[:, :-1][targets_BS]
+                total[variant] += _summed_loss(model, hidden_NH, tokens_BS[:, 1:][targets_BS])
     losses = total / counted
     return float(losses[-1]), losses[:-1].float()
 
@@ -303,11 +327,11 @@ def with_leave_one_out(
     statistics: Statistics,
     blocks: TokenBlocks,
     *,
-    model: PreTrainedModel | None = None,
+    source: Source | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """The statistics with the rise of the loss per removed layer, for the score layers=leave_one_out."""
-    whole, losses = leave_one_out(teacher, blocks, model=model, progress=progress)
+    whole, losses = leave_one_out(teacher, blocks, source=source, progress=progress)
     return replace(statistics, sums={**statistics.sums, "leave_one_out": losses - whole})
 
 

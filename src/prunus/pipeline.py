@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, hardware, hidden, importance, parallel, results, text
+from prunus import architecture, console, cost, hidden, importance, parallel, results, text
 from prunus.budget import parse_budget
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
@@ -24,6 +24,7 @@ from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Search, legal_architectures, search
 from prunus.selection import check_legal
+from prunus.source import opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.trackers import Track, tracked
 
@@ -129,12 +130,12 @@ def _side(part: Source, data: Data, render: Render | None, *, held_out: bool) ->
 def _measure(run: Run) -> None:
     """One pass over the calibration text."""
     options = run.recipe.measure
-    model = run.teacher.module(device=hardware.device())
+    source = opened(run.teacher)
     with console.bar("layers", unit="layers") as step:
-        statistics = measure(run.teacher, run.calibration, model=model, grams=options.grams, progress=step)
+        statistics = measure(run.teacher, run.calibration, source=source, grams=options.grams, progress=step)
     if options.leave_one_out:
         with console.bar("leaving one out", unit="layers") as step:
-            statistics = with_leave_one_out(run.teacher, statistics, run.validation, model=model, progress=step)
+            statistics = with_leave_one_out(run.teacher, statistics, run.validation, source=source, progress=step)
     save_statistics(statistics, run.path("measure"))
 
 

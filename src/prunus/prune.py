@@ -5,9 +5,10 @@ Shapes: L layers, H channels of the residual stream, F FFN neurons, A query head
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +16,29 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from prunus import dims, hardware, refit, repair
+from prunus import dims, hardware, refit, repair, weights
 from prunus.architecture import Architecture, to_config
 from prunus.checkpoint import Checkpoint, save
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import Scores
 from prunus.selection import Kept, check_legal, select
+from prunus.weights import Parts
 
 KEPT_FILE = "prunus.json"
 
 
 @dataclass(frozen=True)
 class Student:
-    """A cut model in memory: config, parameters by name (a tied head left out), and what was kept."""
+    """A cut model: config, parameters by name (a tied head left out), and what was kept.
+
+    Attributes:
+        tensors: cut out of the teacher's files when they are read.
+    """
 
     config: PreTrainedConfig
     architecture: Architecture
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Parts]
     kept: Kept
 
 
@@ -56,7 +62,7 @@ def cut(
     check_legal(family, source, target)
     kept = select(scores, source, target)
     student_layer = {layer: number for number, layer in enumerate(kept.layers)}
-    tensors = {}
+    tensors: dict[str, Parts] = {}
     for name, tensor in teacher.tensors():
         layer, local = family.split(name)
         if layer is not None and layer not in student_layer:
@@ -64,14 +70,11 @@ def cut(
         number = student_layer.get(layer, 0) if layer is not None else 0
         if head_residuals and local.startswith(family.branches[0].reads[0]):
             queries = dims.owner(teacher.layout[name][0], source, "heads") >= 0
-            tensor = tensor.clone()
-            tensor[queries] = _with_head_residuals(tensor[queries], scores["heads"][layer], source, target)
+            tensor = _with_head_residuals(tensor, queries, scores["heads"][layer], source, target)
         indices = [kept.index(formula, number, source) for formula in teacher.layout[name]]
-        for dim, index in enumerate(indices):
-            tensor = tensor if index is None else tensor.index_select(dim, index)
-        if norm_correction:
-            tensor = _corrected(tensor, family, layer, local, scores, indices[0], kept)
-        tensors[name if layer is None else f"{family.layer_prefix}{number}.{local}"] = tensor
+        then = _correction(family, layer, local, scores, indices[0], kept) if norm_correction else _as_it_is
+        student = name if layer is None else f"{family.layer_prefix}{number}.{local}"
+        tensors[student] = weights.cut(tensor, indices, then)
     config = to_config(
         teacher.config.to_dict(),
         target,
@@ -86,7 +89,8 @@ def cut(
 def build(student: Student, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of a cut student, in evaluation mode."""
     model = AutoModelForCausalLM.from_config(student.config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(student.tensors, strict=False)
+    state = {name: tensor.whole() for name, tensor in student.tensors.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(model.all_tied_weights_keys)
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing
@@ -114,13 +118,13 @@ def prune(
         the written student, reloaded and compared with what was meant to be written.
     """
     student = cut(teacher, scores, target, norm_correction=norm_correction, head_residuals=head_residuals)
-    tensors = student.tensors
+    tensors: Mapping[str, Tensor | Parts] = student.tensors
     if calibration is not None and target != teacher.architecture:
         model = repaired(teacher, student, calibration, damping=damping, progress=progress)
         tensors = {name: model.get_parameter(name).detach().to("cpu", teacher.dtype) for name in tensors}
     kept = json.dumps({"teacher": teacher.fingerprint, "kept": vars(student.kept)})
     written = save(Path(to), student.config, tensors, like=teacher, extra_files={KEPT_FILE: kept})
-    assert written.parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert written.parameters == sum(math.prod(tensor.shape) for tensor in tensors.values())
     return written
 
 
@@ -141,19 +145,36 @@ def repaired(
     return model
 
 
-def _with_head_residuals(tensor: Tensor, scores_A: Tensor, teacher: Architecture, target: Architecture) -> Tensor:
+def _with_head_residuals(
+    tensor: Parts, queries: Tensor, scores_A: Tensor, teacher: Architecture, target: Architecture
+) -> Parts:
+    """The query projection with what leaves folded into what stays. Heads mix, so it is read whole.
+
+    Args:
+        queries: bool, which of its rows are queries.
+    """
+
+    def read() -> Iterator[Tensor]:
+        whole = tensor.whole().clone()
+        groups = whole[queries].float().view(teacher.kv_heads, per_group, -1)
+        folded = [repair.head_residuals(heads, rank, kept) for heads, rank in zip(groups, ranks.tolist(), strict=True)]
+        whole[queries] = torch.stack(folded).view(whole[queries].shape).to(whole.dtype)
+        yield whole
+
     per_group = teacher.heads // teacher.kv_heads
-    groups = tensor.float().view(teacher.kv_heads, per_group, -1)
     ranks = torch.argsort(scores_A.view(teacher.kv_heads, per_group), dim=1, descending=True, stable=True)
     kept = target.heads // target.kv_heads
-    folded = [repair.head_residuals(heads, rank, kept) for heads, rank in zip(groups, ranks.tolist(), strict=True)]
-    return torch.stack(folded).view(tensor.shape).to(tensor.dtype)
+    return dataclasses.replace(tensor, read=read)
 
 
-def _corrected(
-    tensor: Tensor, family: Family, layer: int | None, local: str, scores: Scores, index: Tensor | None, kept: Kept
-) -> Tensor:
-    """A norm's weight scaled for the channels that left; other tensors, and uncut norms, as they are.
+def _as_it_is(part: Tensor) -> Tensor:
+    return part
+
+
+def _correction(
+    family: Family, layer: int | None, local: str, scores: Scores, index: Tensor | None, kept: Kept
+) -> Callable[[Tensor], Tensor]:
+    """What scales a norm's weight for the channels that left; other tensors, and uncut norms, stay as they are.
 
     Where the embedding is scaled by √hidden the student's stream is smaller than the teacher's by √(H′/H). Norms that
     read it undo that by themselves; what is written to it must shrink alike.
@@ -165,12 +186,12 @@ def _corrected(
     share = len(kept.hidden) / scores["hidden"].numel()
     stream_scale = math.sqrt(share) if family.scaled_embedding else 1.0
     if any(module == branch.write and branch.post_norm is None for branch in family.branches):
-        return tensor if stream_scale == 1.0 else (tensor.float() * stream_scale).to(tensor.dtype)
+        return _as_it_is if stream_scale == 1.0 else lambda part: (part.float() * stream_scale).to(part.dtype)
     energy = scores.energy(module, layer)
     if energy is None or index is None or len(index) == len(energy):
-        return tensor
+        return _as_it_is
     scale = repair.norm_scale(energy, index)
     if any(module == branch.post_norm for branch in family.branches):
         scale *= stream_scale
     offset = family.norm_offset
-    return ((tensor.float() + offset) * scale - offset).to(tensor.dtype)
+    return lambda part: ((part.float() + offset) * scale - offset).to(part.dtype)

@@ -28,7 +28,7 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 def install(model: nn.Module) -> None:
     """Let attention that turns halves of its channels do so as here. Families that pair channels otherwise, or write
     it otherwise, are left alone."""
-    if next(model.parameters()).is_cuda:
+    if any(weight.is_cuda for weight in model.parameters()):
         return
     for module in model.modules():
         attention: Any = type(module)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from prunus import dims
+from prunus import dims, weights
 from prunus.checkpoint import Checkpoint, save
 from prunus.errors import BadRecipe, UnsupportedModel
 
@@ -106,10 +106,9 @@ def trim(checkpoint: Checkpoint, vocabulary: Vocabulary, *, to: Path) -> Checkpo
     index = torch.tensor(vocabulary.ids)
     tensors = {}
     for name, tensor in checkpoint.tensors():
-        for dim, formula in enumerate(checkpoint.layout[name]):
-            places = dims.index(formula, checkpoint.architecture, {"vocab": index}.get)
-            tensor = tensor if places is None else tensor.index_select(dim, places)
-        tensors[name] = tensor
+        formulas = checkpoint.layout[name]
+        places = [dims.index(formula, checkpoint.architecture, {"vocab": index}.get) for formula in formulas]
+        tensors[name] = weights.cut(tensor, places)
     new_id = {old: new for new, old in enumerate(vocabulary.ids)}
     config = _renumbered(checkpoint.config.to_dict(), new_id) | {checkpoint.family.fields["vocab"]: len(index)}
     return save(

@@ -1,0 +1,99 @@
+"""Where a walk finds a model's layers: in memory, or on disk, one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunus import hardware, layerwise
+from prunus.checkpoint import Checkpoint
+
+SHARE_OF_MEMORY = 0.7
+"""A model that takes more of what is free is read layer by layer."""
+
+Fill = Callable[[str], AbstractContextManager[nn.Module]]
+
+
+class Source:
+    """A model whose parts have their weights while they are used.
+
+    Attributes:
+        model: the transformers model; of one that is read layer by layer, without weights but where `filled`.
+        filled: name of a module → a context in which it can be called.
+        around: modules around the layers, but for the head.
+    """
+
+    def __init__(self, model: PreTrainedModel, filled: Fill, around: Iterable[str] = ()) -> None:
+        self.model, self.filled, self.around = model, filled, tuple(around)
+
+    @contextlib.contextmanager
+    def outer(self) -> Iterator[None]:
+        """Inside, all that stands around the layers has its weights, but for the head."""
+        with contextlib.ExitStack() as stack:
+            for name in self.around:
+                stack.enter_context(self.filled(name))
+            yield
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The decoder layers in order, each until the next is asked for."""
+        names = {module: name for name, module in self.model.named_modules()}
+        for layer in layerwise.layers_of(self.model):
+            with self.filled(names[layer]) as module:
+                yield module
+
+
+def opened(teacher: Checkpoint) -> Source:
+    """A checkpoint on the device, or on disk where it would take much of the free memory."""
+    fits = teacher.bytes <= SHARE_OF_MEMORY * _free_memory()
+    return in_memory(teacher.module(device=hardware.device())) if fits else on_disk(teacher)
+
+
+def in_memory(model: PreTrainedModel) -> Source:
+    return Source(model, lambda name: contextlib.nullcontext(model.get_submodule(name)))
+
+
+def on_disk(teacher: Checkpoint) -> Source:
+    """A model that is never in memory whole."""
+    model = hardware.place(teacher.skeleton())
+    for name, buffer in model.named_buffers():
+        module, _, own = name.rpartition(".")
+        model.get_submodule(module)._buffers[own] = buffer.to(hardware.device())
+
+    @contextlib.contextmanager
+    def filled(name: str) -> Iterator[nn.Module]:
+        module, prefix = model.get_submodule(name), f"{name}."
+        empty = dict(module.named_parameters())
+        # A tied head has the embedding's weights under another name.
+        stored = {own: prefix + own if prefix + own in teacher.files else _tied_to(teacher) for own in empty}
+        _assign(module, {own: teacher.tensor(full) for own, full in stored.items()})
+        try:
+            yield hardware.place(module)
+        finally:
+            _assign(module, empty)
+
+    around = {tensor.rpartition(".")[0] for tensor in teacher.family.outer_weights} - {teacher.family.head}
+    return Source(model, filled, around)
+
+
+def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Let these be the module's parameters, without a copy where they are in place already."""
+    for name, value in weights.items():
+        owner, _, own = name.rpartition(".")
+        parameter = nn.Parameter(value.to(hardware.device()) if not value.is_meta else value, requires_grad=False)
+        module.get_submodule(owner)._parameters[own] = parameter
+
+
+def _tied_to(teacher: Checkpoint) -> str:
+    return f"{teacher.family.embedding}.weight"
+
+
+def _free_memory() -> int:
+    if hardware.device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,78 @@
+"""Tensors in parts are the tensors: read, cut and written by parts of any size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from prunus import weights
+from prunus.weights import Parts
+
+TENSORS = {
+    "matrix": torch.randn(13, 6).bfloat16(),
+    "vector": torch.randn(9),
+    "kernel": torch.randn(5, 1, 4).half(),
+    "number": torch.tensor(2.5, dtype=torch.float64),
+}
+INDICES = [None, torch.tensor([0]), torch.tensor([0, 3, 4, 12]), torch.arange(13)]
+
+
+@pytest.fixture(params=[1, 24, 10**6], ids="parts of {} bytes".format, autouse=True)
+def part_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PART_BYTES", request.param)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_stored(file: Path, name: str) -> None:
+    parts, expected = weights.stored(file, name), TENSORS[name]
+    assert (parts.shape, parts.dtype, parts.nbytes) == (tuple(expected.shape), expected.dtype, expected.nbytes)
+    for _ in range(2):
+        assert torch.equal(parts.whole(), expected)
+
+
+@pytest.mark.parametrize("rows", INDICES)
+@pytest.mark.parametrize("columns", [None, torch.tensor([1, 4])])
+def test_what_stays(file: Path, rows: Tensor | None, columns: Tensor | None) -> None:
+    parts = weights.cut(weights.stored(file, "matrix"), [rows, columns], lambda part: part * 2)
+    expected = TENSORS["matrix"]
+    for dim, index in enumerate((rows, columns)):
+        expected = expected if index is None else expected.index_select(dim, index)
+    assert torch.equal(parts.whole(), expected * 2)
+    assert parts.shape == tuple(expected.shape)
+    assert all(torch.equal(expected[place] * 2, part) for place, part in parts.numbered())
+
+
+@pytest.mark.parametrize("shard_bytes", [10**6, 100])
+def test_what_is_written(file: Path, tmp_path: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
+    (tmp_path / "out").mkdir()
+    weights.write(tmp_path / "out", {name: weights.stored(file, name) for name in TENSORS})
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    found = {name: tensor for each in files for name, tensor in safetensors.torch.load_file(each).items()}
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    index = tmp_path / "out" / weights.INDEX
+    assert index.exists() == (len(files) > 1) == (shard_bytes == 100)
+    if index.exists():
+        listed = json.loads(index.read_text())
+        assert listed["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
+        assert set(listed["weight_map"].values()) == {each.name for each in files}
+
+
+def test_a_transposed_tensor_is_written_in_order(tmp_path: Path) -> None:
+    weights.write(tmp_path, {"turned": weights.of(TENSORS["matrix"].T)})
+    assert torch.equal(weights.stored(tmp_path / "model.safetensors", "turned").whole(), TENSORS["matrix"].T)
+
+
+def test_parts_that_do_not_add_up_are_no_tensor(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="do not add up"):
+        weights.write(tmp_path, {"short": Parts((3,), torch.float32, lambda: iter([torch.ones(2)]))})
