@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 TARGET = {"layers": 28, "hidden": 3072, "ffn": 9216}
 BLOCKS, BLOCK_SIZE = 4, 512
+ROUNDS = 3
 GIB = 1024**3
 
 
@@ -102,33 +104,38 @@ def copy(model: Path, to: Path, *, most: int) -> None:
         most -= part
 
 
-def timed(model: Path, run: Callable[[], None]) -> float:
-    """Seconds from a cold page cache until all is on the disk."""
+def cold(model: Path) -> None:
+    """Nothing of the model in the page cache, and nothing left to be written."""
     os.sync()
     for file in model.glob("*.safetensors"):
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(function: Callable[..., None], *arguments: Any) -> float:
+    """Seconds until all is on the disk."""
     start = time.perf_counter()
-    run()
+    function(*arguments)
     os.sync()
     return time.perf_counter() - start
 
 
-def alone(function: Callable[..., None], *arguments: Path) -> float:
-    """Run it in a fresh process; its peak of resident memory in GiB."""
+def alone(function: Callable[..., None], *arguments: Path) -> tuple[float, float]:
+    """Run it in a fresh process: its seconds, less those in which Python starts, and its peak of resident memory in
+    GiB."""
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     process = context.Process(target=_reporting, args=(answers, function, *arguments))
     process.start()
     process.join()
     assert process.exitcode == 0
-    peak: float = answers.get()
-    return peak
+    seconds, peak = answers.get()
+    return seconds, peak
 
 
-def _reporting(answers: "multiprocessing.SimpleQueue[float]", function: Callable[..., None], *arguments: Path) -> None:
-    function(*arguments)
-    answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
+def _reporting(answers: Any, function: Callable[..., None], *arguments: Path) -> None:
+    seconds = timed(function, *arguments)
+    answers.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB))
 
 
 def main() -> None:
@@ -140,24 +147,24 @@ def main() -> None:
     if not model.exists():
         make(model)
     print(f"{sum(file.stat().st_size for file in model.glob('*.safetensors')) / 1e9:.1f} GB on disk")
-
-    start = time.perf_counter()
-    peak = alone(measure, model, scores)
-    seconds = time.perf_counter() - start
+    seconds, peak = alone(measure, model, scores)
     print(f"measured on {BLOCKS} blocks of {BLOCK_SIZE} tokens: peak {peak:.2f} GiB, {seconds:.0f} s")
-
-    peaks: list[float] = []
-    seconds = timed(model, lambda: peaks.append(alone(cut, model, scores, student)))
-    written = pr.load(student)
-    moved = pr.load(model).bytes + written.bytes
-    beside = timed(model, partial(copy, model, copied, most=moved // 2))
-    print(
-        f"cut to {written.parameters / 1e9:.2f}B ({written.bytes / 1e9:.1f} GB): peak {peaks[0]:.2f} GiB, "
-        f"{seconds:.0f} s; cp of {moved / 2e9:.1f} GB, which reads and writes as much: {beside:.0f} s; "
-        f"{seconds / beside:.2f} ×"
-    )
-    for folder in (student, copied, *([] if options.keep else [model])):
-        shutil.rmtree(folder)
+    for _ in range(ROUNDS):
+        cold(model)
+        seconds, peak = alone(cut, model, scores, student)
+        written = pr.load(student)
+        moved = pr.load(model).bytes + written.bytes
+        cold(model)
+        beside = timed(partial(copy, model, copied, most=moved // 2))
+        print(
+            f"cut to {written.parameters / 1e9:.2f}B ({written.bytes / 1e9:.1f} GB): peak {peak:.2f} GiB, "
+            f"{seconds:.1f} s; cp of {moved / 2e9:.1f} GB, which reads and writes as much: {beside:.1f} s; "
+            f"{seconds / beside:.2f} ×"
+        )
+        shutil.rmtree(student)
+        shutil.rmtree(copied)
+    if not options.keep:
+        shutil.rmtree(model)
 
 
 if __name__ == "__main__":

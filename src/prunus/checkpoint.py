@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from prunus import cost, dims, hardware, weights
 from prunus.architecture import Architecture, from_config
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, family_of
-from prunus.files import atomic_folder
+from prunus.files import atomic_folder, cache_folder, sha256
 from prunus.weights import Parts
 
 RELOADED_BYTES = 1024**3
@@ -86,8 +85,7 @@ class Checkpoint:
         """sha256 over the weights and the config: names this model in scores, caches and reports."""
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
         for file in sorted(set(self.files.values())):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(sha256(file))
         return digest.hexdigest()
 
     def tensor(self, name: str) -> Tensor:
@@ -96,8 +94,9 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, Parts]]:
         """All tensors, file by file, to be read in parts."""
-        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
-            yield name, weights.stored(self.files[name], name)
+        for file in sorted(set(self.files.values())):
+            for name in filter(self.files.__contains__, weights.names(file)):
+                yield name, weights.stored(file, name)
 
     def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
@@ -144,7 +143,7 @@ def load(model: str | Path, *, cache: Path | None = None) -> Checkpoint:
     """
     path = Path(model)
     if path.suffix == ".gguf":
-        folder = _dequantised(path, cache or _cache_folder())
+        folder = _dequantised(path, cache or cache_folder())
     elif path.is_dir():
         folder = path
     elif path.exists():
@@ -333,17 +332,11 @@ def _from_hub(model: str) -> Path:
         ) from error
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prunus"
-
-
 def _dequantised(file: Path, cache: Path) -> Path:
     """A folder with the GGUF file's weights as bfloat16 safetensors, made once and kept in the cache."""
     if not file.is_file():
         raise BadCheckpoint(f"{file}: no such file")
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache / "gguf" / f"{file.stem}-{digest[:12]}"
+    folder = cache / "gguf" / f"{file.stem}-{sha256(file).hex()[:12]}"
     if (folder / "config.json").is_file():
         return folder
     with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar obeys no setting of transformers

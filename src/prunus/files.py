@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from prunus.errors import BadOutput
+
+REMEMBERED_BYTES = 2 * 10**8
+"""Files from which on a digest is worth keeping: a tenth of a second."""
 
 
 @contextlib.contextmanager
@@ -60,6 +64,29 @@ def full_disk_is_an_error(target: Path) -> Iterator[None]:
         raise BadOutput(
             f"{target}: the disk is full; nothing was left half-written. Free some space and run the command again."
         ) from error
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prunus"
+
+
+def sha256(file: Path) -> bytes:
+    """Of a file's bytes. Of a large one it is computed once and kept, until its size, time or inode is another."""
+    state = file.stat()
+    if state.st_size < REMEMBERED_BYTES:
+        return _sha256(file)
+    key = f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
+    kept = cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
+    if not kept.exists():
+        digest = _sha256(file)
+        with atomic_file(kept) as partial:
+            partial.write_text(digest.hex())
+    return bytes.fromhex(kept.read_text())
+
+
+def _sha256(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def save_file(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:

@@ -117,6 +117,7 @@ def prune(
     Returns:
         the written student, reloaded and compared with what was meant to be written.
     """
+    hardware.keep_freed_memory()
     student = cut(teacher, scores, target, norm_correction=norm_correction, head_residuals=head_residuals)
     tensors: Mapping[str, Tensor | Parts] = student.tensors
     if calibration is not None and target != teacher.architecture:

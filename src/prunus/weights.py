@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-PART_BYTES = 64 * 1024**2
+PART_BYTES = 8 * 1024**2
+"""Reading 64 MiB at once makes a cut a quarter slower: disk, cut and disk take turns."""
 SHARD_BYTES = 4 * 1000**3
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights that can be cut, by their safetensors names."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Parts:
     """A tensor as parts along its first dimension.
 
     Attributes:
-        read: gives them in order, anew at each call. A part may lie in a file that is mapped: it is not to be changed.
+        read: gives them in order, anew at each call.
     """
 
     shape: tuple[int, ...]
@@ -55,30 +64,43 @@ def of(tensor: Tensor | Parts) -> Parts:
 
 
 def stored(file: Path, name: str) -> Parts:
-    """A tensor of a safetensors file. The file is opened for each part anew: pages of a mapped file count as the
-    process's memory until it is closed.
+    """A tensor of a safetensors file, by plain reads: the pages of a mapped file would count as the process's memory,
+    and come slower from a disk.
 
     Raises:
-        KeyError: a type that is not in `DTYPES`.
+        KeyError: no such tensor, or a type that is not in `DTYPES`.
     """
-    with safe_open(file, framework="pt") as opened:
-        found = opened.get_slice(name)
-        shape, dtype = tuple(found.get_shape()), DTYPES[found.get_dtype()]
-    if not shape:
-        return of(_read(file, name, None))
-    rows = max(1, PART_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    header, start = _header(file)
+    shape, dtype = tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]]
+    start += header[name]["data_offsets"][0]
+    row = math.prod(shape[1:]) * dtype.itemsize
+    rows, count = max(1, PART_BYTES // max(1, row)), shape[0] if shape else 1
 
     def read() -> Iterator[Tensor]:
-        for start in range(0, shape[0], rows):
-            yield _read(file, name, slice(start, start + rows))
+        with file.open("rb", buffering=0) as stream:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            stream.seek(start)
+            for first in range(0, count, rows):
+                some = min(rows, count - first)
+                part = torch.empty(some * row, dtype=torch.uint8)
+                stream.readinto(part.numpy().data)
+                yield part.view(dtype).view(some, *shape[1:]) if shape else part.view(dtype).view(())
 
     return Parts(shape, dtype, read)
 
 
-def _read(file: Path, name: str, rows: slice | None) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
-        found: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
-        return found
+def names(file: Path) -> list[str]:
+    """The tensors of a safetensors file, in the order in which they lie there."""
+    header, _ = _header(file)
+    return sorted(header.keys() - {METADATA}, key=lambda name: header[name]["data_offsets"])
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their values begin."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return json.loads(stream.read(length)), 8 + length
 
 
 def cut(tensor: Parts, indices: Sequence[Tensor | None], then: Callable[[Tensor], Tensor] = lambda part: part) -> Parts:
@@ -99,10 +121,29 @@ def cut(tensor: Parts, indices: Sequence[Tensor | None], then: Callable[[Tensor]
                     continue
                 part = part.index_select(0, here - place.start)
             for dim, index in enumerate(columns, start=1):
-                part = part if index is None else part.index_select(dim, index)
+                part = part if index is None else _take(part, dim, index)
             yield then(part)
 
     return Parts(shape, tensor.dtype, read)
+
+
+def _take(part: Tensor, dim: int, index: Tensor) -> Tensor:
+    """index_select on a CPU, but for the first dimension by NumPy, which takes a fifth of the time; it knows no
+    bfloat16, so the values are read as whole numbers."""
+    shape = (*part.shape[:dim], len(index), *part.shape[dim + 1 :])
+    out, numbers = torch.empty(shape, dtype=part.dtype), _INTEGERS[part.dtype.itemsize]
+    np.take(part.view(numbers).numpy(), index.numpy(), axis=dim, out=out.view(numbers).numpy(), mode="clip")
+    return out
+
+
+def _ahead(items: Iterator[T], count: int = 8) -> Iterator[T]:
+    """The same items, some of them made by a thread while the one before is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next, items, end))
+            yield cast(T, item)
 
 
 def write(folder: Path, tensors: Mapping[str, Parts]) -> None:
@@ -140,7 +181,7 @@ def _shard_name(number: int, count: int) -> str:
 def _write_shard(file: Path, tensors: Mapping[str, Parts]) -> None:
     """Length of the header, header, values: https://huggingface.co/docs/safetensors. The library itself wants all
     tensors of a file in memory."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {METADATA: {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
@@ -149,7 +190,6 @@ def _write_shard(file: Path, tensors: Mapping[str, Parts]) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            for part in tensor.read():
-                stream.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        for part in _ahead(part.contiguous() for tensor in tensors.values() for part in tensor.read()):
+            stream.write(part.flatten().view(torch.uint8).numpy().data)
         assert stream.tell() == 8 + len(text) + end, "parts do not add up to their tensor"
