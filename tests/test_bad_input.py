@@ -140,6 +140,36 @@ def test_an_unknown_model_type(model, refused):
     assert all(family in message for family in known_families())
 
 
+def test_a_model_with_its_own_code(model, refused):
+    reconfigure(model, model_type="newmodel", auto_map={"AutoModelForCausalLM": "modeling_new.NewForCausalLM"})
+    message = refused(model)
+    assert "'newmodel' comes with its own code (AutoModelForCausalLM), which Prunus does not run" in message
+
+
+def test_quantised_weights(model, refused):
+    reconfigure(model, quantization_config={"quant_method": "awq", "bits": 4})
+    message = refused(model)
+    assert "its weights are quantised (awq)" in message
+    assert "start from the model that this one was quantised from" in message
+
+
+def test_weights_of_a_quantised_type_without_a_word_of_it(model, refused):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(model, lambda tensors: tensors.update({name: torch.ones(40, 48, dtype=torch.int8)}))
+    assert f"{name} is of type I8. Prunus cuts weights in full precision" in refused(model)
+
+
+def test_a_tied_head_that_is_another(model, refused):
+    reconfigure(model, tie_word_embeddings=True)
+    assert "lm_head.weight is tied to model.embed_tokens.weight, but the two differ" in refused(model)
+
+
+def test_a_tied_head_that_is_stored_too(model, invoke):
+    rewrite(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    reconfigure(model, tie_word_embeddings=True)
+    assert invoke("inspect", str(model)).exit_code == 0
+
+
 @pytest.mark.parametrize("config", ["{", "[]", "3", '{"model_type": "llama", "hidden_size": "wide"}'])
 def test_a_damaged_config(model, refused, config):
     (model / "config.json").write_text(config)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -33,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from prunus import cost, dims, hardware, weights
 from prunus.architecture import Architecture, from_config
 from prunus.errors import BadCheckpoint, UnsupportedModel
-from prunus.families import Family, family_of
+from prunus.families import Family, family_of, known_families
 from prunus.files import atomic_folder, cache_folder, sha256
 from prunus.weights import Parts
 
@@ -43,6 +44,12 @@ may not fit in memory, only names and shapes."""
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
 COPIED_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
                 "chat_template*", "merges.txt", "vocab*", "LICENSE*"]  # fmt: skip
+
+
+DEQUANTISE = (
+    "Prunus cuts weights in full precision: start from the model that this one was quantised from, or convert it once "
+    "(transformers: from_pretrained(...).dequantize(), then save_pretrained), or give its GGUF file."
+)
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,7 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
         raise BadCheckpoint(f"{name}: no config.json in {folder}; a model folder has one beside its safetensors")
     try:
         raw = json.loads((folder / "config.json").read_text())
+        _check_readable(name, raw)
         family = family_of(raw.get("model_type", ""))
         with _quiet():
             config = AutoConfig.from_pretrained(folder)
@@ -239,11 +247,39 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {' '.join(str(error).split())}") from error
     files, shapes = _tensor_files(folder, name)
     if config.tie_word_embeddings:
+        _check_tied(name, family, files)
         files.pop(f"{family.head}.weight", None)
     architecture = from_config(config.to_dict(), family.fields)
     _check_rules(name, family, architecture, {tensor: shapes[tensor] for tensor in files})
     _check_complete(name, family, architecture, files, tied=config.tie_word_embeddings)
     return Checkpoint(folder, name, config, family, architecture, files, cost.layout(family, files))
+
+
+def _check_readable(name: str, raw: Mapping[str, Any]) -> None:
+    """Refuse what a config says of weights that are no plain numbers, and of code that comes with them."""
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "a method that it does not name")
+        raise UnsupportedModel(f"{name}: its weights are quantised ({method}). {DEQUANTISE}")
+    model_type = raw.get("model_type", "")
+    if raw.get("auto_map") and model_type not in known_families():
+        raise UnsupportedModel(
+            f"{name}: model type {model_type!r} comes with its own code ({', '.join(sorted(raw['auto_map']))}), which "
+            "Prunus does not run. If transformers itself has this architecture, convert the weights to it first."
+        )
+
+
+def _check_tied(name: str, family: Family, files: Mapping[str, Path]) -> None:
+    """A head that config.json calls tied and that is stored all the same must be the embedding."""
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if head not in files or embedding not in files:
+        return
+    mine, other = (weights.stored(files[tensor], tensor) for tensor in (head, embedding))
+    same = mine.shape == other.shape and all(map(torch.equal, mine.read(), other.read()))
+    if not same:
+        raise BadCheckpoint(
+            f"{name}: config.json says that {head} is tied to {embedding}, but the two differ; transformers would drop "
+            f'{head}. Set "tie_word_embeddings": false if the head is right, or remove it from the file.'
+        )
 
 
 def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
@@ -271,8 +307,11 @@ def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, t
         try:
             with safe_open(path, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118
+                    found = file.get_slice(tensor)
+                    if found.get_dtype() not in weights.DTYPES:
+                        raise UnsupportedModel(f"{name}: {tensor} is of type {found.get_dtype()}. {DEQUANTISE}")
                     files[tensor] = path
-                    shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
+                    shapes[tensor] = tuple(found.get_shape())
         except (SafetensorError, OSError) as error:
             raise BadCheckpoint(
                 f"{name}: {path.name} cannot be read ({error}); it is truncated or damaged, download it again"
