@@ -11,7 +11,7 @@ from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prunus.checkpoint import Checkpoint
+from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadRecipe, UnsupportedModel
 from prunus.vocabulary import choose, count_tokens, trim
 
@@ -155,3 +155,24 @@ def test_a_tokenizer_that_cannot_spell_is_refused():
     raw = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     with pytest.raises(UnsupportedModel, match="WordPiece"):
         choose(PreTrainedTokenizerFast(tokenizer_object=raw), {}, 1)
+
+
+def test_a_model_learns_its_new_spelling(model, tmp_path, invoke):
+    """From the command line: cut, and trained on so much of the text that it knows it better than before."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in TEXT[0].split(". ") * 6))
+    losses = []
+    for extra in ([], ["--tokens", "40k"]):
+        to = tmp_path / f"out{len(losses)}"
+        done = invoke(
+            "vocabulary", str(model.folder), "--size", "420", "--data", str(text), "--to", str(to), "--json", *extra
+        )
+        assert done.exit_code == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["vocabulary"] == [model.architecture.vocab, 420]
+        written = load(result["folder"])
+        tokens = torch.tensor(written.tokenizer()(TEXT[0][:2000]).input_ids)[None, :100]
+        with torch.no_grad():
+            losses.append(float(written.module(torch.float32)(tokens, labels=tokens).loss))
+    assert losses[1] < losses[0] - 0.01
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out0", "out1", "text.jsonl"]

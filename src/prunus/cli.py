@@ -198,12 +198,18 @@ def vocabulary(
     data: Annotated[str, typer.Option(help="Text whose tokens are kept: JSONL, Parquet or text, or a hub id.")],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     documents: Annotated[int, typer.Option(min=1, help="Documents of the text to count.")] = 100_000,
+    tokens: Annotated[
+        str | None, typer.Option(help="Train on so many tokens of the text afterwards, such as 200k. Default: none.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Cut the vocabulary to the tokens that a text needs; no training. Any text can still be written and read."""
+    """Cut the vocabulary to the tokens that a text needs. Any text can still be written and read.
+
+    What is cut off is spelled by smaller tokens, which the model is not used to; **--tokens 200k** teaches it.
+    """
     from prunus import standalone
 
-    result = standalone.trim_vocabulary(model, data, size=size, most_documents=documents, to=to)
+    result = standalone.trim_vocabulary(model, data, size=size, most_documents=documents, tokens=tokens, to=to)
     typer.echo(json.dumps(result)) if as_json else standalone.show_vocabulary(result)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,6 +30,8 @@ from prunus.trackers import tracked
 
 BLOCK_SIZE = 512
 HELDOUT_TOKENS = 65536
+SPELLING_RATE = 5e-5
+"""Learning rate after a cut of the vocabulary: the model itself is whole."""
 
 
 def distill(
@@ -86,31 +89,60 @@ def distill(
     return written.folder
 
 
-def trim_vocabulary(model: str, data: str, *, size: str, most_documents: int, to: Path) -> dict[str, Any]:
+def trim_vocabulary(
+    model: str, data: str, *, size: str, most_documents: int, tokens: str | None, to: Path
+) -> dict[str, Any]:
     """Cut a model's vocabulary to the tokens that the text `data` needs, and write the result to `to`.
 
+    Args:
+        tokens: of the text, on which the model then learns its new spelling; None for no training.
     Returns:
         folder, sizes of vocabulary and model before and after, and the share of the text's tokens that stay.
     """
     if to.exists() and any(to.iterdir()):
         raise BadOutput(f"{to} is not empty; give a new folder with --to")
-    try:
-        wanted = int(parse_quantity(size))
-    except ValueError as error:
-        raise BadRecipe(f"--size: {error}") from error
+    wanted, training = _quantity("size", size), _quantity("tokens", tokens) if tokens else None
     checkpoint = _opened(model)
     tokenizer = checkpoint.tokenizer()
     with console.bar("tokens", unit="documents") as step:
         some = itertools.islice(documents(data, render=chat_template(tokenizer)), most_documents)
         counts = vocabulary.count_tokens(tokenizer, some, progress=lambda done: step(done, most_documents))
     chosen = vocabulary.choose(tokenizer, counts, wanted)
-    written = vocabulary.trim(checkpoint, chosen, to=to)
+    written = vocabulary.trim(checkpoint, chosen, to=to if training is None else _before_training(to))
+    if training is not None:
+        written = _respelled(written, data, training, to)
     return {
         "folder": str(written.folder),
         "vocabulary": [checkpoint.architecture.vocab, written.architecture.vocab],
         "parameters": [checkpoint.parameters, written.parameters],
         "coverage": chosen.coverage,
     }
+
+
+def _before_training(to: Path) -> Path:
+    return to.with_name(f".{to.name}.trimmed")
+
+
+def _respelled(trimmed: Checkpoint, data: str, tokens: int, to: Path) -> Checkpoint:
+    """Trained on the text itself: a teacher of other tokens says nothing of how to spell."""
+    with tempfile.TemporaryDirectory() as folder, console.bar("new spelling", unit="tokens") as step:
+        written = train(
+            trimmed,
+            None,
+            _blocks(data, trimmed, tokens, Path(folder)),
+            to=to,
+            settings=Settings(tokens=tokens, learning_rate=SPELLING_RATE),
+            progress=lambda at: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
+        )
+    shutil.rmtree(trimmed.folder)
+    return written
+
+
+def _quantity(option: str, value: str) -> int:
+    try:
+        return int(parse_quantity(value))
+    except ValueError as error:
+        raise BadRecipe(f"--{option}: {error}") from error
 
 
 def show_vocabulary(result: Mapping[str, Any]) -> None:
@@ -142,10 +174,7 @@ def evaluate(
     model: str, *, teacher: str | None, data: str | None, tokens: str, tasks: Sequence[str], limit: int | None
 ) -> dict[str, Any]:
     """Quality on the text `data`, tasks and speed of one model."""
-    try:
-        num_tokens = int(parse_quantity(tokens))
-    except ValueError as error:
-        raise BadRecipe(f"tokens: {error}") from error
+    num_tokens = _quantity("tokens", tokens)
     checkpoint = _opened(model)
     dtype, device = hardware.compute_dtype(), hardware.device()
     module = checkpoint.module(dtype, device)
