@@ -1,5 +1,8 @@
 """The families' data against what transformers really builds."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -55,6 +58,15 @@ def test_legality_is_what_the_config_class_says(teacher, sizes, legal):
     strict = "heads_divide_hidden" in teacher.family.constraints
     assert accepted() == (legal or not strict)
     assert accepted() or teacher.family.illegal(target)
+
+
+def test_variants_that_compute_otherwise_are_refused(teacher, tmp_path):
+    for key, value in teacher.family.requires.items():
+        folder = shutil.copytree(teacher.folder, tmp_path / key)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: not value}))
+        with pytest.raises(UnsupportedModel, match=f"{key} is {not value}"):
+            pr.load(folder)
 
 
 def test_per_layer_fields_follow_the_kept_layers(teacher):

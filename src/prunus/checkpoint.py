@@ -84,8 +84,7 @@ class Checkpoint:
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        name = f"{self.family.embedding}.weight"
-        return weights.stored(self.files[name], name).dtype
+        return self.tensor(f"{self.family.embedding}.weight").dtype
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -97,13 +96,14 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(self.family.stored_as.get(name, name))
 
     def tensors(self) -> Iterator[tuple[str, Parts]]:
         """All tensors, file by file, to be read in parts."""
+        names = {self.family.stored_as.get(name, name): name for name in self.files}
         for file in sorted(set(self.files.values())):
-            for name in filter(self.files.__contains__, weights.names(file)):
-                yield name, weights.stored(file, name)
+            for stored in filter(names.__contains__, weights.names(file)):
+                yield names[stored], weights.stored(file, stored)
 
     def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
@@ -230,7 +230,8 @@ def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) ->
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Parts]) -> None:
-    weights.write(folder, tensors)
+    stored_as = family_of(config.model_type).stored_as
+    weights.write(folder, {stored_as.get(name, name): tensor for name, tensor in tensors.items()})
     config.save_pretrained(folder)
 
 
@@ -245,7 +246,8 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
             config = AutoConfig.from_pretrained(folder)
     except (ValueError, AttributeError, OSError, StrictDataclassError) as error:
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {' '.join(str(error).split())}") from error
-    files, shapes = _tensor_files(folder, name)
+    _check_variant(name, family, config)
+    files, shapes = _tensor_files(folder, name, {stored: own for own, stored in family.stored_as.items()})
     if config.tie_word_embeddings:
         _check_tied(name, family, files)
         files.pop(f"{family.head}.weight", None)
@@ -268,12 +270,22 @@ def _check_readable(name: str, raw: Mapping[str, Any]) -> None:
         )
 
 
+def _check_variant(name: str, family: Family, config: PreTrainedConfig) -> None:
+    """Refuse a model whose layers compute something else than its family file says."""
+    for key, value in family.requires.items():
+        if (found := getattr(config, key, value)) != value:
+            raise UnsupportedModel(
+                f"{name}: {key} is {found} in config.json; of {family.model_type} only models with {value} are supported, "
+                "because the others read the residual stream otherwise"
+            )
+
+
 def _check_tied(name: str, family: Family, files: Mapping[str, Path]) -> None:
     """A head that config.json calls tied and that is stored all the same must be the embedding."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if head not in files or embedding not in files:
         return
-    mine, other = (weights.stored(files[tensor], tensor) for tensor in (head, embedding))
+    mine, other = (weights.stored(files[name], family.stored_as.get(name, name)) for name in (head, embedding))
     same = mine.shape == other.shape and all(map(torch.equal, mine.read(), other.read()))
     if not same:
         raise BadCheckpoint(
@@ -282,8 +294,10 @@ def _check_tied(name: str, family: Family, files: Mapping[str, Path]) -> None:
         )
 
 
-def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-    """Tensor → file and tensor → shape, from the safetensors headers."""
+def _tensor_files(
+    folder: Path, name: str, renamed: Mapping[str, str]
+) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """Tensor → file and tensor → shape, from the safetensors headers; by the names that transformers gives them."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
@@ -310,8 +324,9 @@ def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, t
                     found = file.get_slice(tensor)
                     if found.get_dtype() not in weights.DTYPES:
                         raise UnsupportedModel(f"{name}: {tensor} is of type {found.get_dtype()}. {DEQUANTISE}")
-                    files[tensor] = path
-                    shapes[tensor] = tuple(found.get_shape())
+                    own = renamed.get(tensor, tensor)
+                    files[own] = path
+                    shapes[own] = tuple(found.get_shape())
         except (SafetensorError, OSError) as error:
             raise BadCheckpoint(
                 f"{name}: {path.name} cannot be read ({error}); it is truncated or damaged, download it again"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prunus.architecture import Architecture
 
@@ -22,6 +23,10 @@ CONSTRAINTS = {
     "hidden_is_heads": (
         lambda a: a.hidden == a.heads * a.head_dim,
         "hidden must be heads × head_dim (its code has no other head_dim), so both are cut together",
+    ),
+    "multi_head": (
+        lambda a: a.heads == a.kv_heads,
+        "kv_heads must equal heads (every head has its own keys and values), so both are cut together",
     ),
     "even_head_dim": (lambda a: a.head_dim % 2 == 0, "head_dim must be even (rotary embedding)"),
 }
@@ -76,6 +81,8 @@ class Family:
         residual_scale: config key of a factor on what branches add.
         scaled_embedding: the embedding is multiplied by √hidden, so that a cut of hidden shrinks the stream.
         constraints: names in `CONSTRAINTS`.
+        stored_as: names of tensors outside the layers in a checkpoint, where transformers renames them when it loads.
+        requires: config key → the only value for which the above holds.
         fields: config key of each size.
         per_layer_fields, layer_count_fields: see `architecture.to_config`.
     """
@@ -95,6 +102,8 @@ class Family:
     residual_scale: str | None = None
     scaled_embedding: bool = False
     constraints: tuple[str, ...] = ("even_head_dim",)
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(
         default_factory=lambda: {
             "layers": "num_hidden_layers",

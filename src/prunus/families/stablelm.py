@@ -10,5 +10,6 @@ FAMILY = dataclasses.replace(
     model_type="stablelm",
     outer_weights=OUTER_WEIGHTS | {"model.norm.bias": ("hidden",)},
     centred=True,
+    requires={"use_parallel_residual": False},
     constraints=("even_head_dim", "hidden_is_heads", "heads_divide_hidden"),
 )
