@@ -275,8 +275,8 @@ def _check_variant(name: str, family: Family, config: PreTrainedConfig) -> None:
     for key, value in family.requires.items():
         if (found := getattr(config, key, value)) != value:
             raise UnsupportedModel(
-                f"{name}: {key} is {found} in config.json; of {family.model_type} only models with {value} are supported, "
-                "because the others read the residual stream otherwise"
+                f"{name}: {key} is {found} in config.json; of {family.model_type} only models with {value} are "
+                "supported, because the others read the residual stream otherwise"
             )
 
 
