@@ -41,6 +41,7 @@ UNCOUNTED = {
     "cohere": "its LayerNorm is six operations in float32, each of which keeps its input",
     "cohere2": "its LayerNorm is six operations in float32, each of which keeps its input",
     "gemma2": "a soft-cap on the scores needs transformers' eager attention, which keeps S² values several times",
+    "granite_swa": "sinks need transformers' eager attention, which keeps S² values several times",
     "phi": "its GELU is eight operations, each of which keeps its input",
     "vaultgemma": "a soft-cap on the scores needs transformers' eager attention, which keeps S² values several times",
 }

@@ -1,0 +1,7 @@
+"""InternLM 3."""
+
+import dataclasses
+
+from prunus.families import llama
+
+FAMILY = dataclasses.replace(llama.FAMILY, model_type="internlm3")
