@@ -8,7 +8,8 @@ import torch
 from conftest import SMALL, WORDS, make_text, small_flags
 from transformers import AutoModelForCausalLM
 
-from prunus import recipe
+from prunus import recipe, source
+from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadOutput
 from prunus.pipeline import compress
 from prunus.run import OUTPUTS
@@ -134,3 +135,21 @@ def test_masters_keep_small_updates(whole_model, corpus, tmp_path):
     growth = float((masters.copies[name].detach().float() / start).median())
     assert growth == pytest.approx((1 + 2**-12) ** 64, rel=2**-7)
     assert masters.copies[name].dtype == torch.bfloat16
+
+
+def test_a_model_larger_than_memory_is_measured_and_cut(whole_model, corpus, tmp_path, invoke, monkeypatch):
+    """As the README says: nothing loads it whole on the way to a cut without repair."""
+    load_whole = Checkpoint.module
+
+    def only_others(checkpoint, *arguments):
+        assert checkpoint.folder != whole_model
+        return load_whole(checkpoint, *arguments)
+
+    monkeypatch.setattr(Checkpoint, "module", only_others)
+    monkeypatch.setattr(source, "_free_memory", lambda: 0)
+    flags = small_flags(corpus, tmp_path / "run", budget=("--arch", "hidden=36,ffn=24"))
+    done = invoke(
+        "compress", str(whole_model), *flags, "--set", "prune.repair=false", "--stop-after", "prune", "--json"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert load(tmp_path / "run" / "3-pruned").architecture.ffn == 24
