@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from prunus import memory
+from prunus import hardware, memory
 from prunus.distill import distill
 from prunus.errors import DoesNotFit
 from prunus.families import known_families
@@ -127,7 +127,7 @@ def test_a_training_that_does_not_fit_is_refused_before_anything_is_loaded(check
     blocks = Blocks(
         tokens, np.broadcast_to(np.arange(32, dtype=np.uint16), tokens.shape), np.ones(4, np.int64), "zeros"
     )
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(hardware, "free_memory", lambda: 1000)
     monkeypatch.setattr(type(checkpoint), "module", lambda *_: pytest.fail("loaded"))
     with pytest.raises(DoesNotFit):
         distill(checkpoint, checkpoint, blocks, to=tmp_path / "student")

@@ -8,7 +8,7 @@ import torch
 from conftest import SMALL, WORDS, make_text, small_flags
 from transformers import AutoModelForCausalLM
 
-from prunus import recipe, source
+from prunus import hardware, recipe
 from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadOutput
 from prunus.pipeline import compress
@@ -146,7 +146,7 @@ def test_a_model_larger_than_memory_is_measured_and_cut(whole_model, corpus, tmp
         return load_whole(checkpoint, *arguments)
 
     monkeypatch.setattr(Checkpoint, "module", only_others)
-    monkeypatch.setattr(source, "_free_memory", lambda: 0)
+    monkeypatch.setattr(hardware, "free_memory", lambda: 0)
     flags = small_flags(corpus, tmp_path / "run", budget=("--arch", "hidden=36,ffn=24"))
     done = invoke(
         "compress", str(whole_model), *flags, "--set", "prune.repair=false", "--stop-after", "prune", "--json"

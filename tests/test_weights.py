@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunus import weights
+from prunus.errors import BadCheckpoint
 from prunus.weights import Parts
 
 TENSORS = {
@@ -76,3 +77,12 @@ def test_a_transposed_tensor_is_written_in_order(tmp_path: Path) -> None:
 def test_parts_that_do_not_add_up_are_no_tensor(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="do not add up"):
         weights.write(tmp_path, {"short": Parts((3,), torch.float32, lambda: iter([torch.ones(2)]))})
+
+
+def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    weights.write(tmp_path, {"vector": weights.of(TENSORS["vector"])})
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    parts = weights.stored(file, "vector")
+    with pytest.raises(BadCheckpoint, match="shorter than its header says"):
+        parts.whole()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +31,14 @@ def compute_dtype() -> torch.dtype:
     if device().type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def free_memory() -> int:
+    """Free bytes of the device."""
+    if device().type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free
+    return int(psutil.virtual_memory().available)
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from prunus import attention, fused, hardware, row_blocks
@@ -147,14 +146,6 @@ def training(
     )
 
 
-def available() -> int:
-    """Free bytes of the device that trains."""
-    if hardware.device().type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return free
-    return int(psutil.virtual_memory().available)
-
-
 def fitting(need: Training, *, batch_blocks: int, free: int | None = None) -> Training:
     """With the largest power of two of blocks in a micro-batch whose peak fits, at most what is worth it and what a
     rank's step holds, and the largest chunk beside it.
@@ -162,7 +153,7 @@ def fitting(need: Training, *, batch_blocks: int, free: int | None = None) -> Tr
     Raises:
         DoesNotFit: not even one block with the smallest chunk does; says what would.
     """
-    free = int(ROOM * (available() if free is None else free))
+    free = int(ROOM * (hardware.free_memory() if free is None else free))
     most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[hardware.device().type] // need.block_size))
     options = (
         dataclasses.replace(need, blocks=2**power, chunk_tokens=chunk)

@@ -41,7 +41,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    return Machine(1, hardware.matmul_flops_per_second(hardware.compute_dtype()), memory.available())
+    return Machine(1, hardware.matmul_flops_per_second(hardware.compute_dtype()), hardware.free_memory())
 
 
 def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:

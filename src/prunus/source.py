@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
-import psutil
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -50,7 +48,7 @@ class Source:
 
 def opened(teacher: Checkpoint) -> Source:
     """A checkpoint on the device, or on disk where it would take much of the free memory."""
-    fits = teacher.bytes <= SHARE_OF_MEMORY * _free_memory()
+    fits = teacher.bytes <= SHARE_OF_MEMORY * hardware.free_memory()
     return in_memory(teacher.module(device=hardware.device())) if fits else on_disk(teacher)
 
 
@@ -91,9 +89,3 @@ def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _tied_to(teacher: Checkpoint) -> str:
     return f"{teacher.family.embedding}.weight"
-
-
-def _free_memory() -> int:
-    if hardware.device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return int(psutil.virtual_memory().available)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunus.errors import BadCheckpoint
+
 PART_BYTES = 8 * 1024**2
 """Reading 64 MiB at once makes a cut a quarter slower: disk, cut and disk take turns."""
 SHARD_BYTES = 4 * 1000**3
@@ -68,7 +70,7 @@ def stored(file: Path, name: str) -> Parts:
     and come slower from a disk.
 
     Raises:
-        KeyError: no such tensor, or a type that is not in `DTYPES`.
+        KeyError: no such tensor, or a type that is not in `DTYPES`. BadCheckpoint, when read: a file that is cut off.
     """
     header, start = _header(file)
     shape, dtype = tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]]
@@ -77,14 +79,15 @@ def stored(file: Path, name: str) -> Parts:
     rows, count = max(1, PART_BYTES // max(1, row)), shape[0] if shape else 1
 
     def read() -> Iterator[Tensor]:
-        with file.open("rb", buffering=0) as stream:
+        with file.open("rb") as stream:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             stream.seek(start)
             for first in range(0, count, rows):
                 some = min(rows, count - first)
                 part = torch.empty(some * row, dtype=torch.uint8)
-                stream.readinto(part.numpy().data)
+                if stream.readinto(part.numpy().data) != len(part):
+                    raise BadCheckpoint(f"{file} is shorter than its header says; download it again")
                 yield part.view(dtype).view(some, *shape[1:]) if shape else part.view(dtype).view(())
 
     return Parts(shape, dtype, read)
