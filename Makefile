@@ -37,6 +37,7 @@ bench: demo
 	$(BIN)/python benchmarks/kd_step.py $(MODEL) --student demo/run/3-pruned
 	$(BIN)/python benchmarks/kd_step.py $(MODEL) --student demo/run/3-pruned --dtype float32 --only "prunus;TRL;TRL +malloc"
 	$(BIN)/python benchmarks/kill.py 20
+	$(BIN)/python benchmarks/larger_than_memory.py demo/large
 	$(BIN)/python benchmarks/repair.py $(MODEL) $(DATA)/bench/wikitext2_valid_detok.txt --calibration-blocks 96 --cuts ffn:768,hidden:504
 
 clean:

@@ -3,12 +3,12 @@
 Usage: python benchmarks/vocabulary.py MODEL TEXT... --heldout FILE [--heldout FILE] [--size 32k] [--tokens 160k]
 
 Tokens are counted on TEXT, which the held-out files are not part of. A trimmed model must learn to spell what it had
-tokens for; --tokens are those of TEXT that it is trained on, by cross-entropy. The whole model is trained on as many,
-because training on such text helps by itself. Bytes are those of the text, so models of different tokens compare.
+tokens for; --tokens are those of the last TEXT that it is trained on, by cross-entropy. The whole model is trained on
+as many, because training on such text helps by itself. Bytes are those of the text, so models of different tokens
+compare.
 """
 
 import argparse
-import itertools
 import random
 import tempfile
 from collections import Counter
@@ -63,9 +63,9 @@ def bits_per_byte(model: Checkpoint, docs: list[str], folder: Path) -> float:
     return pr.quality(model.module(hardware.compute_dtype()), blocks).bits_per_byte
 
 
-def trained(model: Checkpoint, files: list[str], options: argparse.Namespace, folder: Path) -> Checkpoint:
+def trained(model: Checkpoint, file: str, options: argparse.Namespace, folder: Path) -> Checkpoint:
     """On the text itself, the same documents for each model."""
-    docs = itertools.chain.from_iterable(shuffled(documents(file), seed=0) for file in files)
+    docs = shuffled(documents(file), seed=0)
     tokens = int(options.tokens)
     blocks = pr.tokenise(
         docs, model.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=folder / "text", label="training"
@@ -106,7 +106,7 @@ def main() -> None:
         models = {"whole": whole, "trimmed": trimmed}
         if options.tokens:
             models |= {
-                f"{key}, trained": trained(model, options.text[-1:], options, folder / key)
+                f"{key}, trained": trained(model, options.text[-1], options, folder / f"{key}-trained")
                 for key, model in list(models.items())
             }
         for file, docs in heldout.items():

@@ -168,7 +168,7 @@ def _search(run: Run) -> None:
 
 
 def _prune(run: Run) -> None:
-    """Cut, repair, write, reload, compare."""
+    """Cut, repair, write, compare."""
     options, target = run.recipe.prune, results.chosen(run.candidates)
     parameters = cost.parameters(run.teacher.family, run.teacher.layout, target)
     run.require_space(1.1 * parameters * run.teacher.dtype.itemsize, "the pruned model")

@@ -115,7 +115,7 @@ def prune(
         to: folder to write; appears whole or not at all.
         calibration: text for the least-squares repair; without it only the norms are corrected.
     Returns:
-        the written student, reloaded and compared with what was meant to be written.
+        the written student, compared with what was meant to be written (see `checkpoint.save`).
     """
     hardware.keep_freed_memory()
     student = cut(teacher, scores, target, norm_correction=norm_correction, head_residuals=head_residuals)

@@ -108,9 +108,10 @@ def trim_vocabulary(
         some = itertools.islice(documents(data, render=chat_template(tokenizer)), most_documents)
         counts = vocabulary.count_tokens(tokenizer, some, progress=lambda done: step(done, most_documents))
     chosen = vocabulary.choose(tokenizer, counts, wanted)
-    written = vocabulary.trim(checkpoint, chosen, to=to if training is None else _before_training(to))
-    if training is not None:
-        written = _respelled(written, data, training, to)
+    if training is None:
+        written = vocabulary.trim(checkpoint, chosen, to=to)
+    else:
+        written = _respelled(vocabulary.trim(checkpoint, chosen, to=_before_training(to)), data, training, to)
     return {
         "folder": str(written.folder),
         "vocabulary": [checkpoint.architecture.vocab, written.architecture.vocab],
@@ -124,18 +125,20 @@ def _before_training(to: Path) -> Path:
 
 
 def _respelled(trimmed: Checkpoint, data: str, tokens: int, to: Path) -> Checkpoint:
-    """Trained on the text itself: a teacher of other tokens says nothing of how to spell."""
-    with tempfile.TemporaryDirectory() as folder, console.bar("new spelling", unit="tokens") as step:
-        written = train(
-            trimmed,
-            None,
-            _blocks(data, trimmed, tokens, Path(folder)),
-            to=to,
-            settings=Settings(tokens=tokens, learning_rate=SPELLING_RATE),
-            progress=lambda at: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
-        )
-    shutil.rmtree(trimmed.folder)
-    return written
+    """Trained on the text itself: a teacher of other tokens says nothing of how to spell. The untrained model goes
+    whatever happens; a killed training goes on from the same bits, trimmed anew."""
+    try:
+        with tempfile.TemporaryDirectory() as folder, console.bar("new spelling", unit="tokens") as step:
+            return train(
+                trimmed,
+                None,
+                _blocks(data, trimmed, tokens, Path(folder)),
+                to=to,
+                settings=Settings(tokens=tokens, learning_rate=SPELLING_RATE),
+                progress=lambda at: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
+            )
+    finally:
+        shutil.rmtree(trimmed.folder)
 
 
 def _quantity(option: str, value: str) -> int:
