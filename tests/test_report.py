@@ -246,10 +246,13 @@ def test_pictures_need_the_scores_only(part: str, tmp_path: Path) -> None:
     assert html_of(report, tmp_path).count("<svg ") == 4
 
 
-def test_an_architecture_that_was_not_searched_has_no_predicted_damage(tmp_path: Path) -> None:
+def test_an_architecture_that_was_named_is_no_candidate(tmp_path: Path) -> None:
     report = without_pictures()
-    report["candidates"] = [full_report()["candidates"][0] | {"predicted_damage": None, "measured": None}]
+    predicted = full_report()["candidates"][0] | {"measured": None}
+    report["candidates"] = [predicted]
     assert "the choice rests on the prediction alone" in html_of(report, tmp_path)
+    report["candidates"] = [predicted | {"predicted_damage": None}]
+    assert "Candidates" not in html_of(report, tmp_path)
 
 
 def test_numbers_that_are_not_numbers_do_not_stop_the_report(tmp_path: Path) -> None:

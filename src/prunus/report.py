@@ -108,7 +108,7 @@ def _words(report: Report) -> dict[str, Any]:
         "training": _training(report["training"]) if report["training"].get("curve") else [],
         "functions": report["scores"].get("functions", {}),
         "removed_layers": _removed_layers(report),
-        "candidates": _candidates(report) if report["candidates"] else None,
+        "candidates": _candidates(report),
         "shape": _shape(report),
         "groups": _groups(report),
         "samples": _samples(report),
@@ -197,9 +197,11 @@ def _training(training: Report) -> list[tuple[str, str]]:
     ]
 
 
-def _candidates(report: Report) -> dict[str, Any]:
-    """The best candidates and always the chosen one."""
+def _candidates(report: Report) -> dict[str, Any] | None:
+    """The best candidates and always the chosen one; None where the user named the architecture."""
     candidates = report["candidates"]
+    if all(candidate["predicted_damage"] is None for candidate in candidates):
+        return None
     shown = [c for number, c in enumerate(candidates) if number < CANDIDATES_SHOWN or c["chosen"]]
     rows, more = [_candidate(candidate) for candidate in shown], len(candidates) - len(shown)
     return {"axes": AXES, "rows": rows, "more": more, "measured": any(c["measured"] for c in candidates)}
