@@ -76,7 +76,7 @@ def make(folder: Path) -> None:
         for name, formulas in family.layer_weights.items()
     }
     shapes = {name: tuple(dims.size(formula, sizes) for formula in formulas) for name, formulas in names.items()}
-    weights.write(folder, {name: random_weights(shape) for name, shape in shapes.items()})
+    weights.write(folder, [weights.entry(name, random_weights(shape)) for name, shape in shapes.items()])
     CONFIG.save_pretrained(folder)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import prunus as pr
-from prunus import cli
+from prunus import checks, cli
 from prunus.checkpoint import Checkpoint
 from prunus.families import known_families
 
@@ -34,10 +34,32 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = {
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 28,
+    "shared_intermediate_size": 28,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+"""Config values of mixtures of experts and of latent attention, where a family knows them."""
 OWN = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen3": {"tie_word_embeddings": True},
+    "qwen3_moe": {"mlp_only_layers": [1]},
+    "qwen2_moe": {"mlp_only_layers": [1]},
+    "olmoe": {"num_key_value_heads": 3},
+    "deepseek_v3": {"num_key_value_heads": 6, "head_dim": 4},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
 }  # fmt: skip
 
@@ -70,16 +92,20 @@ EPSILONS = dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_ep
 def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
     """A random model whose activations are of the order of 1, so that no error hides under a norm's epsilon."""
     torch.manual_seed(0)
-    known = AutoConfig.for_model(family).to_dict()
-    epsilons = {key: value for key, value in EPSILONS.items() if key in known}
-    config = AutoConfig.for_model(family, **SIZES | epsilons | OWN.get(family, {}) | changes)
+    default = AutoConfig.for_model(family)
+    known = default.to_dict().keys() | default.attribute_map.keys()
+    own = {key: value for key, value in {**EPSILONS, **EXPERTS}.items() if key in known}
+    config = AutoConfig.for_model(family, **SIZES | own | OWN.get(family, {}) | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
-                parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in name else parameter.shape[1] ** -0.5))
+                parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in name else parameter.shape[-1] ** -0.5))
+        for name, buffer in checks.stored_tensors(model).items():
+            if name not in dict(model.named_parameters()):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)
     return pr.load(folder)
 

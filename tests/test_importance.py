@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from conftest import RandomBlocks
+from conftest import RandomBlocks, tiny_model
 
+from prunus.checkpoint import load
 from prunus.errors import BadRecipe
 from prunus.importance import AGGREGATIONS, TABLE, aggregate, score
-from prunus.measure import measure, with_leave_one_out
+from prunus.measure import Statistics, measure, with_leave_one_out
 from prunus.scores import load_scores, save_scores
 
 
@@ -27,25 +28,50 @@ def test_aggregations_by_hand():
 
 
 @pytest.fixture(scope="module")
-def statistics(llama, blocks):
-    return with_leave_one_out(llama, measure(llama, blocks, grams=True), blocks)
+def models(llama, tmp_path_factory):
+    """One for each axis."""
+    shared = tiny_model("qwen2_moe", tmp_path_factory.mktemp("qwen2_moe"))
+    latents = tiny_model("deepseek_v3", tmp_path_factory.mktemp("deepseek_v3"))
+    own = {"experts": shared, "expert_ffn": shared, "shared_ffn": shared, "q_rank": latents, "kv_rank": latents}
+    return {axis: own.get(axis, llama) for axis in TABLE}
+
+
+_STATISTICS = {}
+
+
+def statistics_of(teacher, blocks):
+    if teacher.folder not in _STATISTICS:
+        _STATISTICS[teacher.folder] = with_leave_one_out(teacher, measure(teacher, blocks, grams=True), blocks)
+    return _STATISTICS[teacher.folder]
 
 
 @pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, table in TABLE.items() for name in table])
-def test_every_score_has_the_shape_of_its_axis(llama, statistics, axis, name):
-    sizes = llama.architecture
+def test_every_score_has_the_shape_of_its_axis(models, blocks, axis, name):
+    sizes = models[axis].architecture
     shapes = {
         "layers": (sizes.layers,),
         "hidden": (sizes.hidden,),
-        "ffn": (sizes.layers, sizes.ffn),
-        "heads": (sizes.layers, sizes.heads),
-        "kv_heads": (sizes.layers, sizes.kv_heads),
+        "expert_ffn": (sizes.layers, sizes.get("experts"), sizes.get("expert_ffn")),
     }
-    scores = score(statistics, **{axis: name})
-    assert scores[axis].shape == shapes[axis]
+    scores = score(statistics_of(models[axis], blocks), **{axis: name})
+    assert scores[axis].shape == shapes.get(axis, (sizes.layers, sizes[axis]))
     assert torch.isfinite(scores[axis]).all()
+    assert scores[axis].abs().sum() > 0
     assert scores.provenance[f"score/{axis}"] == name
     assert scores.provenance["tokens"] == "144"
+    assert scores.axes.keys() - {"layers", "hidden"} <= sizes.keys()
+
+
+def test_scores_of_experts_by_hand():
+    """Two experts: one sent two tokens (w‖y‖ 1 and 3), one sent none."""
+    sums = {"output/experts": torch.tensor([[4.0, 0.0]]), "tokens/experts": torch.tensor([[2.0, 0.0]])}
+    sums |= {"energy/expert_ffn": torch.tensor([[[4.0, 0.0], [0.0, 0.0]]])}
+    sums |= {"write/expert_ffn": torch.tensor([[[9.0, 1.0], [1.0, 1.0]]])}
+    stats = Statistics({}, {}, sums, {}, num_blocks=1, num_tokens=4)
+    assert TABLE["experts"]["reap"](stats, "experts", "").tolist() == [[2.0, 0.0]]
+    assert TABLE["experts"]["frequency"](stats, "experts", "").tolist() == [[0.5, 0.0]]
+    assert TABLE["expert_ffn"]["output"](stats, "expert_ffn", "").tolist() == [[[6.0, 0.0], [0.0, 0.0]]]
+    assert TABLE["expert_ffn"]["activation"](stats, "expert_ffn", "").tolist() == [[[2.0, 0.0], [0.0, 0.0]]]
 
 
 def test_every_score_follows_a_permutation_of_the_neurons(llama, blocks, tmp_path):
@@ -57,19 +83,11 @@ def test_every_score_follows_a_permutation_of_the_neurons(llama, blocks, tmp_pat
                 projection.weight.copy_(projection.weight[order])
             layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
     model.save_pretrained(tmp_path)
-    permuted_teacher = type(llama)(**{**vars_of(llama), "folder": tmp_path, "files": moved(llama, tmp_path)})
+    permuted_teacher = load(tmp_path)
     for name in ("activation", "preactivation", "reconstruction", "magnitude"):
         original = score(measure(llama, blocks, grams=True), ffn=name)["ffn"]
         permuted = score(measure(permuted_teacher, blocks, grams=True), ffn=name)["ffn"]
         torch.testing.assert_close(permuted, original[:, order], rtol=1e-3, atol=1e-4)
-
-
-def vars_of(checkpoint):
-    return {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-
-
-def moved(checkpoint, folder):
-    return {name: folder / path.name for name, path in checkpoint.files.items()}
 
 
 def test_reconstruction_is_the_error_of_leaving_a_neuron_out(llama):
@@ -100,7 +118,7 @@ def test_scores_survive_the_disk(llama, blocks, tmp_path):
     scores = score(measure(llama, blocks))
     save_scores(scores, tmp_path / "scores.safetensors")
     loaded = load_scores(tmp_path / "scores.safetensors")
-    assert all(torch.equal(loaded[axis], scores[axis]) for axis in TABLE)
+    assert all(torch.equal(loaded[axis], values) for axis, values in scores.axes.items())
     assert loaded.provenance == scores.provenance
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prunus import hardware
-from prunus.layerwise import gram
+from prunus import experts, hardware
+from prunus.layerwise import branches_of, gram, layers_of
 from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
 
@@ -19,26 +19,64 @@ def hidden_states(teacher, blocks):
         return model.base_model(input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=True)
 
 
-def test_signals_are_what_the_layers_compute(teacher, blocks):
-    stats = measure(teacher, blocks, grams=True)
-    seen = {}
-    model = teacher.module()
-    for branch in teacher.family.branches:
-        write = model.base_model.layers[2].get_submodule(branch.write)
-        write.register_forward_pre_hook(lambda _, args, name=branch.name: seen.__setitem__(name, args[0]))
+def observed_inputs(teacher, blocks, layer, names):
+    """What modules of a layer read, by name."""
+    seen, model = {}, teacher.module()
+    for name in names:
+        module = layers_of(model)[layer].get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args))
     tokens, positions = blocks.batch(list(range(len(blocks))))
     with torch.no_grad():
         model(input_ids=tokens, position_ids=positions, use_cache=False)
-    inner_BSF = seen["ffn"]
-    mean, l2, var = (stats.reductions["activation"][i, 0, 2] for i in range(3))
-    torch.testing.assert_close(mean, inner_BSF.abs().mean(1).sum(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(l2, inner_BSF.norm(dim=1).sum(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(var, inner_BSF.var(dim=1, correction=0).sum(0), rtol=1e-3, atol=1e-5)
-    heads_BSA = seen["attention"].unflatten(-1, (-1, teacher.architecture.head_dim)).norm(dim=-1)
-    torch.testing.assert_close(stats.reductions["head_output"][0, 0, 2], heads_BSA.mean(1).sum(0), rtol=1e-4, atol=1e-5)
-    inner_NF = inner_BSF.flatten(0, 1)
-    expected = inverse_diagonal(inner_NF.T @ inner_NF / len(inner_NF))
-    torch.testing.assert_close(stats.inverse_gram["ffn"][2], expected, rtol=1e-3, atol=1e-4)
+    return seen, layers_of(model)[layer]
+
+
+def test_signals_are_what_the_layers_compute(teacher, blocks):
+    stats = measure(teacher, blocks, grams=True)
+    branches = branches_of(layers_of(teacher.module())[2], teacher.family)
+    writes = {branch.write: branch.inner for branch in branches if branch.write}
+    seen, _ = observed_inputs(teacher, blocks, 2, writes)
+    for write, axis in writes.items():
+        inner_BSF = seen[write][0].view(len(blocks), blocks.tokens_NS.shape[1], -1)
+        if axis == "heads":
+            heads_BSA = inner_BSF.unflatten(-1, (teacher.architecture.heads, -1)).norm(dim=-1)
+            found = stats.reductions["output/heads"][0, 0, 2]
+            torch.testing.assert_close(found, heads_BSA.mean(1).sum(0), rtol=1e-4, atol=1e-5)
+            continue
+        mean, l2, var = (stats.reductions[f"activation/{axis}"][i, 0, 2] for i in range(3))
+        torch.testing.assert_close(mean, inner_BSF.abs().mean(1).sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(l2, inner_BSF.norm(dim=1).sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(var, inner_BSF.var(dim=1, correction=0).sum(0), rtol=1e-3, atol=1e-5)
+        inner_NF = inner_BSF.flatten(0, 1)
+        expected = inverse_diagonal(inner_NF.T @ inner_NF / len(inner_NF))
+        torch.testing.assert_close(stats.inverse_gram[axis][2], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_experts_are_seen_one_by_one(teacher, blocks):
+    """Against the experts' own module, called with one expert alone."""
+    branch = next((branch for branch in teacher.family.branches if branch.experts), None)
+    if branch is None:
+        pytest.skip(f"{teacher.family.model_type} has no experts")
+    stats = measure(teacher, blocks)
+    seen, layer = observed_inputs(teacher, blocks, 2, [branch.experts])
+    states, chosen, weights = seen[branch.experts]
+    module, sizes = layer.get_submodule(branch.experts), teacher.architecture
+    with torch.no_grad():
+        for expert in range(sizes.experts):
+            sent = (chosen == expert).any(1)
+            alone = torch.where(chosen == expert, weights, 0)
+            output = module(states, chosen, alone.to(weights.dtype))
+            assert int(stats.sums["tokens/experts"][2, expert]) == int(sent.sum())
+            torch.testing.assert_close(
+                stats.sums["output/experts"][2, expert], output.norm(dim=1).sum(), rtol=1e-4, atol=1e-4
+            )
+            inner = experts.inner(module, expert, states[sent]) * alone.sum(1)[sent, None]
+            torch.testing.assert_close(
+                stats.sums["energy/expert_ffn"][2, expert], inner.square().sum(0), rtol=1e-4, atol=1e-4
+            )
+        whole = experts.run(module, states, chosen, weights, lambda routed: None)
+        torch.testing.assert_close(whole, module(states, chosen, weights), rtol=1e-4, atol=1e-5)
+    assert stats.sums["tokens/experts"][2].sum() == chosen.numel()
 
 
 def test_block_influence_and_energy_by_hand(llama, blocks):
@@ -75,7 +113,7 @@ def test_statistics_survive_the_disk(llama, blocks, tmp_path):
     save_statistics(stats, tmp_path / "stats.safetensors")
     loaded = load_statistics(tmp_path / "stats.safetensors")
     assert loaded.provenance == stats.provenance
-    assert torch.equal(loaded.reductions["activation"], stats.reductions["activation"])
+    assert torch.equal(loaded.reductions["activation/ffn"], stats.reductions["activation/ffn"])
     assert torch.equal(loaded.inverse_gram["ffn"], stats.inverse_gram["ffn"])
 
 
@@ -86,7 +124,7 @@ def test_leave_one_out_equals_running_the_model_without_each_layer(teacher, bloc
 
     def naive(removed: int | None) -> float:
         model = teacher.module()
-        layers = model.base_model.layers
+        layers = layers_of(model)
         if removed is not None:
             layers[removed].forward = lambda hidden_states, **_: hidden_states
         with torch.no_grad():

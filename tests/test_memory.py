@@ -42,6 +42,7 @@ UNCOUNTED = {
     "cohere2": "its LayerNorm is six operations in float32, each of which keeps its input",
     "gemma2": "a soft-cap on the scores needs transformers' eager attention, which keeps S² values several times",
     "granite_swa": "sinks need transformers' eager attention, which keeps S² values several times",
+    "gpt_oss": "sinks need transformers' eager attention, which keeps S² values several times",
     "phi": "its GELU is eight operations, each of which keeps its input",
     "vaultgemma": "a soft-cap on the scores needs transformers' eager attention, which keeps S² values several times",
 }
@@ -60,8 +61,8 @@ UNCOUNTED = {
 )
 def test_activations_are_those_that_autograd_keeps(family, tmp_path):
     sizes = {"num_hidden_layers": 8, "hidden_size": 96, "intermediate_size": 256, "head_dim": 16}
-    own = {"layer_types": ["full_attention"] * 8} if family == "gemma3_text" else {}
-    checkpoint = tiny_model(family, tmp_path / "model", **sizes, **own)
+    own = {"gemma3_text": {"layer_types": ["full_attention"] * 8}, "deepseek_v3": {"head_dim": 4}}.get(family, {})
+    checkpoint = tiny_model(family, tmp_path / "model", **sizes | own)
     model = checkpoint.module(torch.bfloat16).train()
     counted = saved_bytes(model, torch.randint(0, 97, (1, 64)))
     assert memory.activations(need(checkpoint)) == pytest.approx(counted, rel=0.15)
@@ -77,7 +78,13 @@ def large(checkpoint, **changes):
     sizes = checkpoint.architecture.replace(
         layers=32, hidden=3072, ffn=9216, heads=32, kv_heads=8, head_dim=128, vocab=128256
     )
-    values = {"student": sizes, "parameters": 4_500_000_000, "teacher_parameters": 8_000_000_000, "block_size": 4096}
+    values = {
+        "student": sizes,
+        "branches": {"attention": 32, "ffn": 32},
+        "parameters": 4_500_000_000,
+        "teacher_parameters": 8_000_000_000,
+        "block_size": 4096,
+    }
     return dataclasses.replace(need(checkpoint), **(values | changes))
 
 

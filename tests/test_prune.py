@@ -1,5 +1,6 @@
 """mask = cut, keep all = same bits, and what the repairs promise; for every family and axis."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -7,20 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import weights_of
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import prunus as pr
-from prunus import cost, dims
+from prunus import cost, dims, packing
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint, save
 from prunus.errors import BadCheckpoint, BudgetUnreachable
+from prunus.families import Family, family_of, known_families
 from prunus.importance import score
+from prunus.layerwise import branches_of, layers_of
 from prunus.measure import measure
 from prunus.prune import KEPT_FILE, build, cut, prune, repaired
 from prunus.scores import Scores
-from prunus.selection import Kept, illegal_cut, select
+from prunus.selection import Kept, illegal_cut, ranked_layers, select
 
 CUTS = {
     "layers": {"layers": 3},
@@ -29,12 +34,35 @@ CUTS = {
     "heads": {"heads": 3},
     "kv_heads": {"heads": 4, "kv_heads": 2},
     "width": {"hidden": 32, "heads": 4, "kv_heads": 2},
+    "experts": {"experts": 4},
+    "top_k": {"top_k": 1},
+    "expert_ffn": {"expert_ffn": 16},
+    "shared_ffn": {"shared_ffn": 16},
+    "latents": {"q_rank": 14, "kv_rank": 10},
     "all": {"layers": 3, "hidden": 36, "ffn": 24, "heads": 2, "kv_heads": 2},
+    "all and experts": {"layers": 3, "hidden": 40, "experts": 4, "expert_ffn": 16, "heads": 2, "kv_heads": 2},
 }
 
 
+def _own_cuts(family: Family, axis: str) -> dict[str, int]:
+    """Of the sizes in `CUTS` those that the family has, if all of its own kind are there."""
+    own = family.fields.keys() - family.derived.keys()
+    return {name: size for name, size in CUTS[axis].items() if name in own}
+
+
+CASES = [
+    (name, axis)
+    for name, family in ((name, family_of(name)) for name in known_families())
+    for axis in CUTS
+    if CUTS[axis].keys() - {"ffn"} <= family.fields.keys() and _own_cuts(family, axis)
+]
+"""Each family with the cuts that it knows."""
+for_each_axis = pytest.mark.parametrize(("family_name", "axis"), CASES, indirect=["family_name"], scope="session")
+REPAIRED = ("ffn", "heads", "layers", "experts", "expert_ffn", "all", "all and experts")
+
+
 def legal(teacher: Checkpoint, axis: str) -> Architecture:
-    target = teacher.architecture.replace(**CUTS[axis])
+    target = teacher.architecture.replace(**_own_cuts(teacher.family, axis))
     if reasons := teacher.family.illegal(target):
         pytest.skip(f"{teacher.family.model_type}: {reasons[0]}")
     return target
@@ -46,8 +74,9 @@ def logits(model: torch.nn.Module, blocks: "object") -> Tensor:
         return model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
 
 
-def masked(teacher: Checkpoint, kept: Kept, folder: Path) -> Checkpoint:
-    """The teacher at full size, with everything that is not kept set to zero in every weight."""
+def masked(teacher: Checkpoint, kept: Kept, target: Architecture, folder: Path) -> Checkpoint:
+    """The teacher at full size, with everything that is not kept set to zero in every weight, and dropped experts out
+    of reach of the router."""
     tensors = {}
     for name, tensor in weights_of(teacher).items():
         layer, _ = teacher.family.split(name)
@@ -58,13 +87,65 @@ def masked(teacher: Checkpoint, kept: Kept, folder: Path) -> Checkpoint:
         stays = torch.ones_like(tensor)
         for dim, formula in enumerate(teacher.layout[name]):
             index = kept.index(formula, number, teacher.architecture)
-            if index is not None:
+            if index is not None and index.ndim == 1:
                 gone = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill_(0, index, False)
                 stays.index_fill_(dim, gone.nonzero().flatten(), 0)
+            elif index is not None:  # of each expert its own
+                for expert, row in zip(kept.inner["experts"][number], index, strict=True):
+                    gone = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill_(0, row, False)
+                    stays[expert].index_fill_(dim - 1, gone.nonzero().flatten(), 0)
         tensors[name] = tensor * stays
+        if teacher.family.split(name)[1] in teacher.family.buffers:
+            tensors[name] += UNREACHABLE * (1 - stays)
         if teacher.family.centred:
             _centre(tensors[name], teacher, name, torch.tensor(kept.hidden))
-    return save(folder, teacher.config, tensors, like=teacher)
+    config = copy.deepcopy(teacher.config)
+    if "top_k" in target:
+        setattr(config, teacher.family.fields["top_k"], target.top_k)
+    written = save(folder, config, tensors, like=teacher)
+    same = {field.name: getattr(written, field.name) for field in dataclasses.fields(written)}
+    return MaskedTeacher(**same, routers=kept.inner.get("experts", []), layers=kept.layers)
+
+
+UNREACHABLE = -1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedTeacher(Checkpoint):
+    """Its routers never choose a dropped expert.
+
+    Attributes:
+        routers: of each kept layer the experts that stay.
+    """
+
+    routers: list[list[int]] = dataclasses.field(default_factory=list)
+    layers: list[int] = dataclasses.field(default_factory=list)
+
+    def module(self, *args: object, **kwargs: object) -> torch.nn.Module:
+        model = super().module(*args, **kwargs)
+        for number, experts in zip(self.layers, self.routers, strict=False):
+            layer = layers_of(model)[number]
+            for branch in branches_of(layer, self.family):
+                if branch.experts:
+                    name = next(read for read in branch.reads if self.family.outputs(read) == "experts")
+                    _mask(layer.get_submodule(name), experts, self.architecture.experts)
+        return model
+
+
+def _mask(router: torch.nn.Module, experts: list[int], count: int) -> None:
+    forward, gone = router.forward, [expert for expert in range(count) if expert not in experts]
+
+    class Unreachable(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            return found.index_fill(-1, torch.tensor(gone), UNREACHABLE) if function is F.linear else found
+
+    def masked_forward(*args: object) -> object:
+        with Unreachable():
+            return forward(*args)
+
+    if gone:
+        router.forward = masked_forward
 
 
 def _centre(tensor: Tensor, teacher: Checkpoint, name: str, hidden: Tensor) -> None:
@@ -92,12 +173,14 @@ def cut_and_reload(teacher: Checkpoint, target: Architecture, blocks: "object", 
     """The student as transformers loads it, after it was seen to compute what the masked teacher computes."""
     scores = scored(teacher, blocks)
     kept = select(scores, teacher.architecture, target)
-    masked_teacher = masked(teacher, kept, folder / "masked")
+    masked_teacher = masked(teacher, kept, target, folder / "masked")
     # The masked model is measured itself: its dropped channels hold no energy, which the norm correction must see.
     energies = score(measure(masked_teacher, blocks)).energies
     scores = dataclasses.replace(scores, energies=energies)
     student = prune(masked_teacher, scores, target, to=folder / "student")
     reloaded = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    if teacher.family.ignores_positions:
+        packing.separate(reloaded)
     expected, actual = logits(masked_teacher.module(), blocks), logits(reloaded, blocks)
     assert json.loads((folder / "student" / KEPT_FILE).read_text())["kept"] == vars(kept)
     assert (actual - expected).norm() / expected.norm() < 1e-4
@@ -105,11 +188,12 @@ def cut_and_reload(teacher: Checkpoint, target: Architecture, blocks: "object", 
         sliced = logits(build(cut(masked_teacher, scores, target, norm_correction=False), torch.float32), blocks)
         assert (sliced - expected).norm() / expected.norm() > 1e-2
     counted = sum(parameter.numel() for parameter in reloaded.parameters())
-    assert student.parameters == counted == cost.parameters(teacher.family, teacher.layout, target)
+    planned = cost.parameters(teacher.family, teacher.layout, target, ranked_layers(scores))
+    assert student.parameters == counted == planned
     return reloaded.eval()
 
 
-@pytest.mark.parametrize("axis", CUTS)
+@for_each_axis
 def test_masked_teacher_equals_saved_and_reloaded_student(teacher, blocks, axis, tmp_path):
     cut_and_reload(teacher, legal(teacher, axis), blocks, tmp_path)
 
@@ -131,7 +215,7 @@ def drawn(teacher: Checkpoint, draw: int) -> Architecture:
     generator, sizes = random.Random(f"{teacher.family.model_type} {draw}"), teacher.architecture
 
     def size(axis: str) -> int:
-        least = sizes.hidden // 4 if axis == "hidden" else 1
+        least = sizes[axis] // 4 if axis in ("hidden", "q_rank", "kv_rank") else 1  # what norms span
         return generator.randint(least, sizes[axis]) if generator.random() < 0.6 else sizes[axis]
 
     while True:
@@ -148,10 +232,17 @@ def test_keeping_everything_is_bitwise_equal(teacher, blocks, tmp_path):
     assert torch.equal(logits(student.module(), blocks), logits(teacher.module(), blocks))
 
 
-@pytest.mark.parametrize("axis", ["ffn", "heads", "layers", "all"])
+@pytest.mark.parametrize(
+    ("family_name", "axis"),
+    [case for case in CASES if case[1] in REPAIRED],
+    indirect=["family_name"],
+    scope="session",
+)
 def test_repair_brings_the_student_nearer_to_its_teacher(teacher, blocks, axis):
     if axis == "layers" and teacher.family.branches[0].post_norm:
         pytest.skip("behind a sandwich norm the scale of a write is fixed, so it cannot stand in for a dropped layer")
+    if axis == "layers" and teacher.family.branches[-1].write is None:
+        pytest.skip("routed experts see some tokens each, so they cannot stand in for a dropped layer")
     target = legal(teacher, axis)
     student = cut(teacher, scored(teacher, blocks), target)
     expected = logits(teacher.module(), blocks)
@@ -218,6 +309,6 @@ def test_a_checkpoint_that_loads_otherwise_is_not_kept(llama, tmp_path):
         f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(sizes.heads * sizes.head_dim)
         for layer in range(sizes.layers)
     }
-    with pytest.raises(BadCheckpoint, match=r"q_proj\.bias otherwise"):
+    with pytest.raises(BadCheckpoint, match=r"q_proj\.bias, which is no part"):
         save(tmp_path / "out", llama.config, weights_of(llama) | biases, like=llama)
     assert list(tmp_path.iterdir()) == []

@@ -27,12 +27,14 @@ def test_quantities_that_are_none(text):
 
 def test_every_proposal_is_legal_and_within_the_tolerance(teacher):
     budget = parse_budget(teacher, params="0.7x")
-    found = legal_architectures(teacher.family, teacher.architecture, budget)
-    assert len(found) > (3 if "hidden_is_heads" in teacher.family.constraints else 10)
+    tolerance = 0.03 if "aligned_experts" in teacher.family.constraints else 0.01
+    found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=tolerance)
+    fewest = {"aligned_experts": 1, "hidden_is_heads": 4}  # what a tiny model leaves of choices
+    assert len(found) >= min((fewest.get(name, 11) for name in teacher.family.constraints), default=11)
     assert len(set(found)) == len(found)
     for target in found:
         assert not illegal_cut(teacher.family, teacher.architecture, target)
-        assert abs(cost.parameters(teacher.family, teacher.layout, target) / budget.target - 1) <= 0.01
+        assert abs(cost.parameters(teacher.family, teacher.layout, target) / budget.target - 1) <= tolerance
 
 
 def test_memory_counts_weights_and_cache(llama):

@@ -15,7 +15,8 @@ PACKAGE = Path(pr.__file__).parent
 LAYERS = """
     errors dims architecture families.family families._decoder families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
-    weights checks checkpoint source documents text scores measure importance selection repair refit prune vocabulary
+    packing experts weights storage checks checkpoint source documents text scores
+    measure importance selection repair refit prune vocabulary
     row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step distill trackers
     budget search formats pictures verdict report

@@ -56,7 +56,7 @@ def test_what_stays(file: Path, rows: Tensor | None, columns: Tensor | None) -> 
 def test_what_is_written(file: Path, tmp_path: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
     (tmp_path / "out").mkdir()
-    weights.write(tmp_path / "out", {name: weights.stored(file, name) for name in TENSORS})
+    weights.write(tmp_path / "out", [weights.entry(name, weights.stored(file, name)) for name in TENSORS])
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     found = {name: tensor for each in files for name, tensor in safetensors.torch.load_file(each).items()}
     assert found.keys() == TENSORS.keys()
@@ -70,17 +70,17 @@ def test_what_is_written(file: Path, tmp_path: Path, shard_bytes: int, monkeypat
 
 
 def test_a_transposed_tensor_is_written_in_order(tmp_path: Path) -> None:
-    weights.write(tmp_path, {"turned": weights.of(TENSORS["matrix"].T)})
+    weights.write(tmp_path, [weights.entry("turned", weights.of(TENSORS["matrix"].T))])
     assert torch.equal(weights.stored(tmp_path / "model.safetensors", "turned").whole(), TENSORS["matrix"].T)
 
 
 def test_parts_that_do_not_add_up_are_no_tensor(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="do not add up"):
-        weights.write(tmp_path, {"short": Parts((3,), torch.float32, lambda: iter([torch.ones(2)]))})
+        weights.write(tmp_path, [weights.entry("short", Parts((3,), torch.float32, lambda: iter([torch.ones(2)])))])
 
 
 def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
-    weights.write(tmp_path, {"vector": weights.of(TENSORS["vector"])})
+    weights.write(tmp_path, [weights.entry("vector", weights.of(TENSORS["vector"]))])
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     parts = weights.stored(file, "vector")

@@ -6,22 +6,40 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from prunus import dims
 from prunus.errors import BadRecipe
 
-AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
-"""What can be cut. `head_dim` and `vocab` are sizes, but not axes of a cut."""
+AXES = {
+    "layers": "decoder layers",
+    "hidden": "channels of the residual stream",
+    "ffn": "neurons per feed-forward block",
+    "heads": "query heads per layer",
+    "kv_heads": "key-value groups per layer; each leaves with its query heads",
+    "experts": "experts per layer that the router chooses from",
+    "expert_ffn": "neurons per expert",
+    "shared_ffn": "neurons of the expert that sees every token",
+    "top_k": "experts that a token is sent to",
+    "q_rank": "channels of the latent that queries are made from",
+    "kv_rank": "channels of the latent that keys and values are made from, which is what the cache holds",
+}
+"""What can be cut, and what it is. A model has those that its family's `fields` name; `head_dim` and `vocab` are sizes,
+but not axes of a cut."""
 
 
 class Architecture(Mapping[str, int]):
     """Sizes of a decoder by name; also as attributes. Equal and hashed by its sizes.
 
-    layers, hidden (channels of the residual stream), ffn (neurons of a feed-forward block), heads, kv_heads (of a
-    layer), head_dim and vocab; and what a family adds, see its `fields`. head_dim is always explicit: runtimes that
-    derive it break on pruned models.
+    The axes that the model has, head_dim, vocab, and what else its family names, see its `fields`. head_dim is always
+    explicit: runtimes that derive it break on pruned models.
+
+    Args:
+        derived: sizes that follow from others: name → formula (see `dims`).
     """
 
-    def __init__(self, **sizes: int) -> None:
-        self._sizes = sizes
+    def __init__(self, derived: Mapping[str, str] | None = None, /, **sizes: int) -> None:
+        self._derived = dict(derived or {})
+        independent = {name: size for name, size in sizes.items() if name not in self._derived}
+        self._sizes = independent | {name: dims.size(rule, independent) for name, rule in self._derived.items()}
 
     def __getitem__(self, name: str) -> int:
         return self._sizes[name]
@@ -41,22 +59,35 @@ class Architecture(Mapping[str, int]):
         return hash(frozenset(self._sizes.items()))
 
     def replace(self, **sizes: int) -> Architecture:
-        return Architecture(**self._sizes | sizes)
+        """With other sizes. A token is sent to no more experts than there are."""
+        changed = self._sizes | sizes
+        if "top_k" in changed:
+            changed["top_k"] = min(changed["top_k"], changed["experts"])
+        return Architecture(self._derived, **changed)
+
+    def only(self, sizes: Iterable[str]) -> Architecture:
+        """Without the other sizes."""
+        kept = set(sizes)
+        derived = {name: rule for name, rule in self._derived.items() if name in kept}
+        kept |= {part for rule in derived.values() for part in dims.names(rule)}
+        return Architecture(derived, **{name: size for name, size in self._sizes.items() if name in kept})
 
     def axes(self) -> dict[str, int]:
-        return {axis: self[axis] for axis in AXES if axis in self}
+        return {axis: self[axis] for axis in AXES if axis in self and axis not in self._derived}
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={size}" for axis, size in self.axes().items())
 
 
-def from_config(config: Mapping[str, Any], fields: Mapping[str, str]) -> Architecture:
+def from_config(
+    config: Mapping[str, Any], fields: Mapping[str, str], derived: Mapping[str, str] | None = None
+) -> Architecture:
     """Read the sizes from a config; `fields` names the config's key for each size.
 
     Configs written before head_dim was explicit mean hidden / heads.
     """
     sizes = {size: int(config[key]) for size, key in fields.items() if config.get(key) is not None}
-    return Architecture(**{"head_dim": sizes["hidden"] // sizes["heads"]} | sizes)
+    return Architecture(derived, **{"head_dim": sizes["hidden"] // sizes["heads"]} | sizes)
 
 
 def to_config(
@@ -67,6 +98,7 @@ def to_config(
     kept_layers: Sequence[int],
     per_layer_fields: Iterable[str] = (),
     layer_count_fields: Iterable[str] = (),
+    others: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The config of the cut model.
 
@@ -77,8 +109,9 @@ def to_config(
         kept_layers: ascending indices of the teacher's layers that stay.
         per_layer_fields: keys that hold one entry per layer; entries of removed layers are dropped.
         layer_count_fields: keys that hold "the first n layers"; n is recounted among the kept layers.
+        others: more keys and their values.
     """
-    cut = dict(config)
+    cut = {**config, **(others or {})}
     cut |= {key: target[size] for size, key in fields.items() if size in target}
     for key in per_layer_fields:
         if cut.get(key) is not None:
@@ -95,12 +128,12 @@ def parse(text: str, teacher: Architecture) -> Architecture:
     Raises:
         BadRecipe: unknown axis (with a suggestion), not a whole number, or larger than the teacher; all at once.
     """
-    mistakes, sizes = [], {}
+    mistakes, sizes, axes = [], {}, teacher.axes()
     for part in filter(None, (part.strip() for part in text.split(","))):
         axis, _, value = (piece.strip() for piece in part.partition("="))
-        if axis not in AXES:
-            close = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"axes: {', '.join(AXES)}"
+        if axis not in axes:
+            close = difflib.get_close_matches(axis, axes, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"axes of this model: {', '.join(axes)}"
             mistakes.append(f"arch: unknown axis {axis!r}; {hint}")
         elif not value.isdigit() or int(value) < 1:
             mistakes.append(f"arch: {axis} must be a whole number of at least 1, not {value!r}")

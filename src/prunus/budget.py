@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from prunus import cost
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BadRecipe
+from prunus.families import Family
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9,
             "kib": 2**10, "mib": 2**20, "gib": 2**30}  # fmt: skip
@@ -24,25 +25,29 @@ class Budget:
     Attributes:
         text: as the user wrote it.
         target: parameters, or bytes.
-        shapes: of the teacher's tensors, to count an architecture without building it.
+        family: of the teacher.
+        shapes: of its tensors, to count an architecture without building it.
         bytes_per_value: 0 for a budget of parameters; of a memory budget the size of a weight.
     """
 
     text: str
     target: int
-    shapes: Counter[tuple[str, bool, tuple[str, ...]]]
+    family: Family
+    shapes: cost.Shapes
     bytes_per_value: int
 
     def cost(self, architecture: Architecture) -> int:
         """Parameters; or bytes of the weights and of the KV cache of one sequence of `MEMORY_CONTEXT` tokens."""
-        weights = sum(cost.count(self.shapes, architecture).values())
+        weights = self.parameters(architecture)
         if not self.bytes_per_value:
             return weights
-        cache = MEMORY_CONTEXT * cost.kv_bytes_per_token(architecture, bytes_per_value=self.bytes_per_value)
+        cache = MEMORY_CONTEXT * cost.kv_bytes_per_token(
+            self.family, architecture, bytes_per_value=self.bytes_per_value
+        )
         return weights * self.bytes_per_value + cache
 
     def parameters(self, architecture: Architecture) -> int:
-        return sum(cost.count(self.shapes, architecture).values())
+        return sum(size for part, size in cost.count(self.shapes, architecture).items() if part != "buffers")
 
 
 def parse_quantity(text: str) -> float:
@@ -72,9 +77,13 @@ def check_amount(text: str) -> str:
     return text
 
 
-def parse_budget(teacher: Checkpoint, *, params: str | None = None, memory: str | None = None) -> Budget:
+def parse_budget(
+    teacher: Checkpoint, *, params: str | None = None, memory: str | None = None, ranking: Sequence[int] | None = None
+) -> Budget:
     """A budget from `0.7x`, `95M` (parameters) or `180MB` (memory).
 
+    Args:
+        ranking: layers in the order in which they stay (see `cost.shapes`).
     Raises:
         BadRecipe: not exactly one of both, not a quantity, or not below the teacher's own.
     """
@@ -82,7 +91,8 @@ def parse_budget(teacher: Checkpoint, *, params: str | None = None, memory: str 
         raise BadRecipe("give a budget: either params or memory (or an explicit arch)")
     text, kind = (params, "params") if params is not None else (str(memory), "memory")
     bytes_per_value = 0 if kind == "params" else teacher.dtype.itemsize
-    budget = Budget(f"{kind} {text}", 0, cost.shape_counts(teacher.family, teacher.layout), bytes_per_value)
+    shapes = cost.shapes(teacher.family, teacher.layout, ranking)
+    budget = Budget(f"{kind} {text}", 0, teacher.family, shapes, bytes_per_value)
     whole = budget.cost(teacher.architecture)
     try:
         share = parse_share(check_amount(text))
@@ -91,4 +101,4 @@ def parse_budget(teacher: Checkpoint, *, params: str | None = None, memory: str 
     target = round(share * whole if share is not None else parse_quantity(text))
     if not 0 < target <= whole:
         raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {whole:,}; pruning only removes")
-    return Budget(budget.text, target, budget.shapes, bytes_per_value)
+    return replace(budget, target=target)

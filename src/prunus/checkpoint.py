@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import io
@@ -28,13 +29,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from prunus import checks, cost, hardware, weights
-from prunus.architecture import Architecture, from_config
+from prunus import architecture, checks, cost, hardware, packing, storage, weights
+from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, family_of
 from prunus.files import atomic_folder, cache_folder, sha256
+from prunus.storage import Place, Stored
 from prunus.weights import Parts
 
 RELOADED_BYTES = 1024**3
@@ -55,7 +58,7 @@ class Checkpoint:
         config: the transformers config.
         family: which weight carries which axis.
         architecture: the sizes.
-        files: tensor name → the safetensors file that holds it. A head tied to the embedding is not listed.
+        stored: tensor name → where it lies. A head tied to the embedding is not listed.
         layout: tensor name → unit of each dimension.
     """
 
@@ -64,7 +67,7 @@ class Checkpoint:
     config: PreTrainedConfig
     family: Family
     architecture: Architecture
-    files: Mapping[str, Path]
+    stored: Mapping[str, Stored]
     layout: cost.Layout
 
     @property
@@ -73,7 +76,12 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        return sum(file.stat().st_size for file in set(self.files.values()))
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return sorted({place.file for tensor in self.stored.values() for places in tensor.places for place in places})
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -83,32 +91,33 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over the weights and the config: names this model in scores, caches and reports."""
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
-        for file in sorted(set(self.files.values())):
+        for file in self.files:
             digest.update(sha256(file))
         return digest.hexdigest()
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(self.family.stored_as.get(name, name))
+        return self.stored[name].parts().whole()
 
     def tensors(self) -> Iterator[tuple[str, Parts]]:
-        """All tensors, file by file, to be read in parts."""
-        names = {self.family.stored_as.get(name, name): name for name in self.files}
-        for file in sorted(set(self.files.values())):
-            for stored in filter(names.__contains__, weights.names(file)):
-                yield names[stored], weights.stored(file, stored)
+        """All tensors, in the order in which they lie in the files, to be read in parts."""
+        for name, stored in self.stored.items():
+            yield name, stored.parts()
 
     def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
         with _quiet():
             config = without_dropout(self.config)
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=config)
+        if self.family.ignores_positions:
+            packing.separate(model)
         return hardware.place(model, device=device).eval()
 
-    def skeleton(self) -> PreTrainedModel:
+    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The same without its weights, which lie on the meta device; only its buffers are there."""
-        with _quiet(), init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(without_dropout(self.config), dtype=self.dtype).eval()
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = from_config(self.config, dtype or self.dtype)
+        model.tie_weights()
+        return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
@@ -119,6 +128,15 @@ class Checkpoint:
                 f"{self.name}: its tokenizer cannot be read ({str(error).splitlines()[0]}). "
                 "Put tokenizer.json and tokenizer_config.json into the folder."
             ) from error
+
+
+def from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A transformers model with random weights, in evaluation mode."""
+    with _quiet():
+        model = AutoModelForCausalLM.from_config(without_dropout(config), dtype=dtype)
+    if family_of(config.model_type).ignores_positions:
+        packing.separate(model)
+    return model.eval()
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -193,7 +211,8 @@ def save(
     parts = {name: weights.of(tensor) for name, tensor in tensors.items()}
     with atomic_folder(folder) as partial:
         _write_model(partial, config, parts)
-        _compare(_open_folder(partial, name=str(folder)), parts, name=str(folder))
+        written = _open_folder(partial, name=str(folder))
+        _compare(written, parts, name=str(folder))
         for pattern in COPIED_FILES:
             for file in like.folder.glob(pattern):
                 shutil.copy(file, partial)
@@ -202,13 +221,14 @@ def save(
                 file.unlink()
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text)
-    return _open_folder(folder, name=str(folder))
+    stored = {name: tensor.moved(folder) for name, tensor in written.stored.items()}
+    return dataclasses.replace(written, folder=folder, stored=stored)
 
 
 def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) -> None:
     reloaded = sum(tensor.nbytes for tensor in tensors.values()) <= RELOADED_BYTES
     model = written.module() if reloaded else written.skeleton()
-    found = dict(model.named_parameters())
+    found = dict(checks.stored_tensors(model))
     wrong = sorted(found.keys() ^ tensors.keys()) or [
         tensor
         for tensor, parts in tensors.items()
@@ -223,8 +243,7 @@ def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) ->
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Parts]) -> None:
-    stored_as = family_of(config.model_type).stored_as
-    weights.write(folder, {stored_as.get(name, name): tensor for name, tensor in tensors.items()})
+    weights.write(folder, storage.scattered(family_of(config.model_type), tensors))
     config.save_pretrained(folder)
 
 
@@ -240,20 +259,26 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     except (ValueError, AttributeError, OSError, StrictDataclassError) as error:
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {' '.join(str(error).split())}") from error
     checks.variant(name, family, config)
-    files, shapes = _tensor_files(folder, name, {stored: own for own, stored in family.stored_as.items()})
+    try:
+        stored = storage.gathered(family, _places(folder, name))
+    except KeyError as error:
+        raise BadCheckpoint(
+            f"{name}: the checkpoint is incomplete, it lacks {error.args[0]}; download it again"
+        ) from error
     if config.tie_word_embeddings:
-        checks.tied(name, family, files)
-        files.pop(f"{family.head}.weight", None)
-    architecture = from_config(config.to_dict(), family.fields)
-    checks.rules(name, family, architecture, {tensor: shapes[tensor] for tensor in files})
-    checks.complete(name, family, architecture, files, tied=config.tie_word_embeddings)
-    return Checkpoint(folder, name, config, family, architecture, files, cost.layout(family, files))
+        checks.tied(name, family, stored)
+        stored.pop(f"{family.head}.weight", None)
+    sizes = architecture.from_config(config.to_dict(), family.fields, family.derived)
+    checks.rules(name, family, sizes, stored)
+    layout = cost.layout(family, stored)
+    sizes = sizes.only(family.sizes(formula for formulas in layout.values() for formula in formulas))
+    opened = Checkpoint(folder, name, config, family, sizes, stored, layout)
+    checks.complete(name, opened.skeleton(torch.float32), stored)
+    return opened
 
 
-def _tensor_files(
-    folder: Path, name: str, renamed: Mapping[str, str]
-) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-    """Tensor → file and tensor → shape, from the safetensors headers; by the names that transformers gives them."""
+def _places(folder: Path, name: str) -> list[Place]:
+    """What the safetensors files hold, in the order in which it lies there."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
@@ -272,22 +297,20 @@ def _tensor_files(
         if missing:
             raise BadCheckpoint(f"{name}: {', '.join(missing)} missing though the index names it; download it again")
         paths = [path for path in paths if path.name in wanted]
-    files, shapes = {}, {}
+    places = []
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for tensor in file.keys():  # noqa: SIM118
+                for tensor in weights.names(path):
                     found = file.get_slice(tensor)
                     if found.get_dtype() not in weights.DTYPES:
                         raise UnsupportedModel(f"{name}: {tensor} is of type {found.get_dtype()}. {checks.DEQUANTISE}")
-                    own = renamed.get(tensor, tensor)
-                    files[own] = path
-                    shapes[own] = tuple(found.get_shape())
+                    places.append(Place(path, tensor, tuple(found.get_shape())))
         except (SafetensorError, OSError) as error:
             raise BadCheckpoint(
                 f"{name}: {path.name} cannot be read ({error}); it is truncated or damaged, download it again"
             ) from error
-    return files, shapes
+    return places
 
 
 def _from_hub(model: str) -> Path:
@@ -317,9 +340,7 @@ def _dequantised(file: Path, cache: Path) -> Path:
             raise BadCheckpoint(f"{file}: transformers cannot read this GGUF file ({error})") from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are no longer quantised
-    tensors = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
+    tensors = checks.stored_tensors(model)
     with atomic_folder(folder) as partial:
         _write_model(partial, model.config, {name: weights.of(tensor) for name, tensor in tensors.items()})
         tokenizer.save_pretrained(partial)

@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from prunus import dims, weights
+from prunus import dims
 from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, known_families
+from prunus.storage import Stored
 
 DEQUANTISE = (
     "Prunus cuts weights in full precision: start from the model that this one was quantised from, or convert it once "
@@ -46,12 +47,12 @@ def variant(name: str, family: Family, config: PreTrainedConfig) -> None:
             )
 
 
-def tied(name: str, family: Family, files: Mapping[str, Path]) -> None:
+def tied(name: str, family: Family, stored: Mapping[str, Stored]) -> None:
     """A head that config.json calls tied and that is stored all the same must be the embedding."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
-    if head not in files or embedding not in files:
+    if head not in stored or embedding not in stored:
         return
-    mine, other = (weights.stored(files[name], family.stored_as.get(name, name)) for name in (head, embedding))
+    mine, other = stored[head].parts(), stored[embedding].parts()
     same = mine.shape == other.shape and all(map(torch.equal, mine.read(), other.read()))
     if not same:
         raise BadCheckpoint(
@@ -60,39 +61,45 @@ def tied(name: str, family: Family, files: Mapping[str, Path]) -> None:
         )
 
 
-def rules(name: str, family: Family, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def rules(name: str, family: Family, architecture: Architecture, stored: Mapping[str, Stored]) -> None:
     """Every tensor is covered by a rule and has the shape that the config says."""
-    uncovered = [tensor for tensor in shapes if family.units(tensor) is None]
+    uncovered = [tensor for tensor in stored if family.units(tensor) is None]
     if uncovered:
         raise UnsupportedModel(
             f"{name}: the family {family.model_type!r} has no rule for {len(uncovered)} tensors, such as "
             f"{uncovered[0]!r}. This is a variant that Prunus does not know; cutting it would damage it silently."
         )
     wrong = {
-        tensor: shape
-        for tensor, shape in shapes.items()
-        if shape != tuple(dims.size(unit, architecture) for unit in family.units(tensor) or ())
+        tensor: found.shape
+        for tensor, found in stored.items()
+        if found.shape != tuple(dims.size(unit, architecture) for unit in family.units(tensor) or ())
     }
     if wrong:
         tensor, shape = next(iter(wrong.items()))
         raise BadCheckpoint(f"{name}: {tensor} has shape {list(shape)}, which config.json ({architecture}) contradicts")
 
 
-def complete(name: str, family: Family, architecture: Architecture, tensors: Iterable[str], *, tied: bool) -> None:
-    """No tensor is missing, which transformers would fill with random numbers, and none is of a layer too many."""
-    present = set(tensors)
-    in_layers = {local for layer, local in map(family.split, present) if layer is not None}
-    wanted = {
-        f"{family.layer_prefix}{layer}.{local}"
-        for layer in range(architecture.layers)
-        for local in in_layers.union(family.layer_weights)  # a bias that one layer has, all have
-    }
-    wanted |= set(family.outer_weights) - ({f"{family.head}.weight"} if tied else set())
-    if absent := sorted(wanted - present):
+def complete(name: str, skeleton: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+    """No tensor is missing, which transformers would fill with random numbers, and none is left over.
+
+    Args:
+        skeleton: what transformers builds from the config.
+    """
+    wanted = stored_tensors(skeleton).keys()
+    if absent := sorted(wanted - stored.keys()):
         raise BadCheckpoint(
             f"{name}: the checkpoint is incomplete, it lacks {absent[0]}"
             + (f" and {len(absent) - 1} more tensors" if len(absent) > 1 else "")
             + ", which config.json calls for; download it again"
         )
-    if beyond := sorted(tensor for tensor in present - wanted if family.split(tensor)[0] is not None):
-        raise BadCheckpoint(f"{name}: config.json says {architecture.layers} layers, but there is {beyond[0]}")
+    if beyond := sorted(stored.keys() - wanted):
+        raise BadCheckpoint(
+            f"{name}: there is {beyond[0]}, which is no part of the model that config.json describes; one of the two "
+            "is of another model"
+        )
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its parameters, a tied head left out, and some buffers."""
+    kept = model.state_dict().keys()
+    return {**dict(model.named_parameters()), **{name: value for name, value in model.named_buffers() if name in kept}}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from prunus import dims
 from prunus.architecture import Architecture
@@ -12,6 +13,8 @@ from prunus.families import Family
 
 Layout = Mapping[str, tuple[str, ...]]
 """Tensor name → unit of each dimension, for every tensor of the teacher (tied heads once)."""
+Kind = Counter[tuple[str, tuple[str, ...]]]
+"""How many tensors there are of each (part of the model, units)."""
 
 
 def layout(family: Family, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -21,51 +24,105 @@ def layout(family: Family, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]
     return {name: formulas for name, formulas in units.items() if formulas}
 
 
-def group_of(family: Family, tensor: str) -> str:
-    """The part of the model that a tensor belongs to: embedding, head, attention, ffn, norms."""
+def group_of(family: Family, tensor: str, units: tuple[str, ...]) -> str:
+    """The part of the model that a tensor belongs to: embedding, head, attention, ffn, experts, norms, buffers."""
     layer, name = family.split(tensor)
+    module = name.rpartition(".")[0]
+    if name in family.buffers:
+        return "buffers"
     if layer is None:
-        parts = {family.embedding: "embedding", family.head: "head"}
-        return parts.get(name.rsplit(".", 1)[0], "norms")
-    for branch in family.branches:
-        if name.rsplit(".", 1)[0] in (*branch.reads, branch.write):
-            return branch.name
-    return "norms"
+        return {family.embedding: "embedding", family.head: "head"}.get(module, "norms")
+    owner = next((branch for branch in family.branches if branch.owns(module)), None)
+    if owner is None and (
+        len(units) > 1 or not name.endswith((".weight", ".bias"))
+    ):  # what a branch has beside its projections
+        owner = next((branch for branch in family.branches if name.startswith(f"{branch.module}.")), None)
+    return owner.name if owner else "norms"
 
 
-def shape_counts(family: Family, tensors: Layout) -> Counter[tuple[str, bool, tuple[str, ...]]]:
-    """How many tensors of each (part, in a layer, units) there are outside the layers and in one layer.
+def branch_layers(family: Family, tensors: Layout, ranking: Sequence[int] | None = None) -> dict[str, list[int]]:
+    """Branch → the layers that have it, in the order of `ranking` (see `shapes`), of those branches that some have."""
+    split = [family.split(name) for name in tensors]
+    having = {
+        branch.name: {layer for layer, name in split if layer is not None and name.startswith(f"{branch.mark}.")}
+        for branch in family.branches
+    }
+    order = ranking or sorted({layer for layer, _ in split if layer is not None})
+    return {name: [layer for layer in order if layer in layers] for name, layers in having.items() if layers}
 
-    Layers are uniform: the tensors of layer 0 stand for all.
+
+@dataclass(frozen=True)
+class Shapes:
+    """A teacher's tensors by their shapes, to count an architecture without building it.
+
+    Attributes:
+        outer: outside the layers.
+        kinds: the different layers that there are.
+        order: kind of each layer, the one that stays longest first.
     """
-    placed = ((name, family.split(name)[0], units) for name, units in tensors.items())
-    return Counter((group_of(family, name), layer == 0, units) for name, layer, units in placed if layer in (None, 0))
+
+    outer: Kind
+    kinds: tuple[Kind, ...]
+    order: tuple[int, ...]
 
 
-def count(shapes: Counter[tuple[str, bool, tuple[str, ...]]], architecture: Architecture) -> dict[str, int]:
-    """Parameters of each part."""
+def shapes(family: Family, tensors: Layout, ranking: Sequence[int] | None = None) -> Shapes:
+    """See `Shapes`.
+
+    Args:
+        ranking: layers in the order in which they stay (see `selection.ranked_layers`); matters only where they are of
+            several kinds and depth is cut. Without it the first ones stay.
+    """
+    outer: Kind = Counter()
+    layers: dict[int, Kind] = defaultdict(Counter)
+    for name, units in tensors.items():
+        layer = family.split(name)[0]
+        (outer if layer is None else layers[layer])[group_of(family, name, units), units] += 1
+    kinds: list[Kind] = []
+    for kind in layers.values():
+        if kind not in kinds:
+            kinds.append(kind)
+    return Shapes(outer, tuple(kinds), tuple(kinds.index(layers[layer]) for layer in ranking or sorted(layers)))
+
+
+def count(shapes: Shapes, architecture: Architecture, *, active: bool = False) -> dict[str, int]:
+    """Values of each part.
+
+    Args:
+        active: of experts only as many as a token is sent to.
+    """
+    stay = Counter(shapes.order[: architecture.layers])
     parts: dict[str, int] = defaultdict(int)
-    for (part, in_layer, units), number in shapes.items():
-        size = math.prod(dims.size(unit, architecture) for unit in units)
-        parts[part] += number * size * (architecture.layers if in_layer else 1)
+    for kind, number in [(shapes.outer, 1), *((shapes.kinds[place], number) for place, number in stay.items())]:
+        for (part, units), tensors in kind.items():
+            size = math.prod(dims.size(unit, architecture) for unit in units)
+            if active and len(units) > 2:
+                size = size * architecture.top_k // architecture.experts
+            parts[part] += number * tensors * size
     return dict(parts)
 
 
-def parameters_by_group(family: Family, tensors: Layout, architecture: Architecture) -> dict[str, int]:
-    return count(shape_counts(family, tensors), architecture)
+def parameters_by_group(
+    family: Family, tensors: Layout, architecture: Architecture, ranking: Sequence[int] | None = None
+) -> dict[str, int]:
+    groups = count(shapes(family, tensors, ranking), architecture)
+    return {part: size for part, size in groups.items() if part != "buffers"}
 
 
-def parameters(family: Family, tensors: Layout, architecture: Architecture) -> int:
-    return sum(parameters_by_group(family, tensors, architecture).values())
+def parameters(
+    family: Family, tensors: Layout, architecture: Architecture, ranking: Sequence[int] | None = None
+) -> int:
+    return sum(parameters_by_group(family, tensors, architecture, ranking).values())
 
 
 def flops_per_token(family: Family, tensors: Layout, architecture: Architecture, *, context: int = 0) -> int:
     """Multiply-adds × 2 of one token's forward pass; attention over `context` earlier tokens included."""
-    groups = parameters_by_group(family, tensors, architecture)
+    groups = count(shapes(family, tensors), architecture, active=True)
     head = groups.get("head") or architecture.vocab * architecture.hidden
     attention = 2 * architecture.layers * architecture.heads * architecture.head_dim * context
-    return 2 * (groups["attention"] + groups["ffn"] + head + attention)
+    return 2 * (sum(groups.get(branch.name, 0) for branch in family.branches) + head + attention)
 
 
-def kv_bytes_per_token(architecture: Architecture, *, bytes_per_value: int = 2) -> int:
-    return 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * bytes_per_value
+def kv_bytes_per_token(family: Family, architecture: Architecture, *, bytes_per_value: int = 2) -> int:
+    """Of the cache that generation keeps."""
+    return architecture.layers * dims.size(family.cached, architecture) * bytes_per_value

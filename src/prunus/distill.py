@@ -19,10 +19,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prunus import hardware, hidden, layerwise, memory, parallel
-from prunus.checkpoint import Checkpoint, load, save, without_dropout
+from prunus.checkpoint import Checkpoint, from_config, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
 from prunus.frozen import freeze
@@ -189,6 +189,7 @@ def distill(
     saver.settle()
     record = training_record(schedule, state, state.seconds + time.monotonic() - started)
     tensors = masters.weights(student.dtype, prefix=STUDENT)
+    tensors |= {name: student.tensor(name) for name in student.stored if name not in tensors}  # buffers
 
     def write() -> None:
         save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
@@ -288,7 +289,7 @@ def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.devi
         return student.module(torch.float32, device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(without_dropout(student.config), dtype=torch.float32)
+        model = from_config(student.config, torch.float32)
     return hardware.place(model, device=device)
 
 

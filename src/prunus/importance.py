@@ -1,6 +1,7 @@
 """Statistics → Scores. One pure function per published score, one visible table of them.
 
-Shapes: L layers, H hidden channels, F FFN neurons, A query heads, G key-value groups, C channels of any axis.
+Shapes: L layers, H hidden channels, F FFN neurons, A query heads, G key-value groups, E experts,
+C channels of any axis.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ DEFAULTS = {
     "ffn": "reconstruction",
     "heads": "output",
     "kv_heads": "sum",
+    "experts": "reap",
+    "expert_ffn": "output",
+    "shared_ffn": "reconstruction",
+    "q_rank": "energy",
+    "kv_rank": "energy",
     "aggregation": "l2:mean",
 }
 """Score of each axis, and the reductions "over blocks : over tokens" of the activation scores.
@@ -51,57 +57,68 @@ def aggregate(sums_32LC: Tensor, num_blocks: int, aggregation: str) -> Tensor:
             return (second / num_blocks - mean.square()).clamp_min(0)
 
 
-def activation(stats: Statistics, aggregation: str) -> Tensor:
+def activation(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L, F]: size of each neuron at the input of the down projection (NVIDIA's tool)."""
-    return aggregate(stats.reductions["activation"], stats.num_blocks, aggregation)
+    return aggregate(stats.reductions[f"activation/{axis}"], stats.num_blocks, aggregation)
 
 
-def preactivation(stats: Statistics, aggregation: str) -> Tensor:
+def preactivation(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L, F]: size of x·W₁ᵀ, before the activation function. Source: Minitron, arXiv:2407.14679, sec. 2.2."""
-    if "preactivation" not in stats.reductions:
-        raise BadRecipe("score ffn=preactivation: this family has no projection of its own for it; take activation")
-    return aggregate(stats.reductions["preactivation"], stats.num_blocks, aggregation)
+    if f"preactivation/{axis}" not in stats.reductions:
+        raise BadRecipe(f"score {axis}=preactivation: this family has no projection of its own for it; take activation")
+    return aggregate(stats.reductions[f"preactivation/{axis}"], stats.num_blocks, aggregation)
 
 
-def reconstruction(stats: Statistics, aggregation: str) -> Tensor:
+def reconstruction(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L, F]: error of the layer's output when a neuron leaves and the others make up for it by least squares.
 
         s_i = ‖W_i‖² / (G⁻¹)_ii,   G = E[hhᵀ],  W_i the neuron's column of the down projection
 
     Source: Optimal Brain Surgeon (Hassibi & Stork, 1993) applied to one linear map. Needs `measure(grams=True)`.
     """
-    if "ffn" not in stats.inverse_gram:
+    if axis not in stats.inverse_gram:
         raise BadRecipe(
-            "score ffn=reconstruction needs Gram matrices: measure with grams (recipe: measure.grams: true)"
+            f"score {axis}=reconstruction needs Gram matrices: measure with grams (recipe: measure.grams: true)"
         )
-    return stats.sums["write_weight"] / stats.inverse_gram["ffn"]
+    return stats.sums[f"write/{axis}"] / stats.inverse_gram[axis]
 
 
-def head_output(stats: Statistics, aggregation: str) -> Tensor:
+def head_output(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L, A]: ‖Attn(XW_q, XW_k, XW_v)‖₂ per head. Source: Minitron, arXiv:2407.14679, sec. 2.2."""
-    return aggregate(stats.reductions["head_output"], stats.num_blocks, aggregation)
+    return aggregate(stats.reductions["output/heads"], stats.num_blocks, aggregation)
 
 
-def energy(stats: Statistics, aggregation: str) -> Tensor:
-    """[H]: Σ over the norms of E[(x/rms(x))²], the channel's share of what every norm reads."""
-    del aggregation  # an energy is a mean of squares by definition
-    return _sites(stats).sum(0) / stats.num_tokens
+def group_sum(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, G]: sum of `head_output` over a group's query heads."""
+    return _per_group(stats, aggregation).sum(-1)
 
 
-def norm_output(stats: Statistics, aggregation: str) -> Tensor:
+def group_l2(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, G]: L2 norm of `head_output` over a group's query heads."""
+    return _per_group(stats, aggregation).norm(dim=-1)
+
+
+def _per_group(stats: Statistics, aggregation: str) -> Tensor:
+    return head_output(stats, "heads", aggregation).unflatten(-1, (stats.sums["weight/kv_heads"].shape[1], -1))
+
+
+def energy(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[H]: Σ over the norms of E[(x/rms(x))²], the channel's share of what every norm reads; or of a latent [L, C]."""
+    return stats.sums[f"energy/{axis}"] / stats.num_tokens
+
+
+def norm_output(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[H]: LN(X)_i summed over the norms. Source: Minitron, arXiv:2407.14679, sec. 2.2."""
-    return aggregate(stats.reductions["norm_output"], stats.num_blocks, aggregation).sum(0)
+    return aggregate(stats.reductions["output/hidden"], stats.num_blocks, aggregation).sum(0)
 
 
-def block_influence(stats: Statistics, aggregation: str) -> Tensor:
+def block_influence(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L]: 1 − E[cos(layer input, layer output)]. Source: ShortGPT, arXiv:2403.03853; Minitron sec. 2.2."""
-    del aggregation  # a mean over all tokens by definition
     return 1 - stats.sums["cosine"] / stats.num_tokens
 
 
-def leave_one_out(stats: Statistics, aggregation: str) -> Tensor:
+def leave_one_out(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L]: rise of the loss when the layer is removed, nats per token. Source: Minitron, sec. 2.2 (as perplexity)."""
-    del aggregation
     if "leave_one_out" not in stats.sums:
         raise BadRecipe(
             "score layers=leave_one_out needs the losses without each layer (recipe: measure.leave_one_out: true)"
@@ -109,63 +126,72 @@ def leave_one_out(stats: Statistics, aggregation: str) -> Tensor:
     return stats.sums["leave_one_out"]
 
 
-def _magnitude(key: str) -> Score:
-    def magnitude(stats: Statistics, aggregation: str) -> Tensor:
-        """L2 norm of the weights that would be removed: a baseline that needs no text."""
-        del aggregation
-        return stats.sums[key].sqrt()
-
-    return magnitude
+def reap(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, E]: mean of w‖y‖ over the tokens that an expert was sent, w the router's weight and y its output; 0 if it was
+    sent none. Source: REAP (router-weighted expert activation pruning), arXiv:2510.13999."""
+    return stats.sums["output/experts"] / stats.sums["tokens/experts"].clamp_min(1)
 
 
-def _random(shape_like: str) -> Score:
-    def random(stats: Statistics, aggregation: str) -> Tensor:
-        """Uniform noise from a fixed seed: the baseline that every score must beat."""
-        del aggregation
-        generator = torch.Generator().manual_seed(0)
-        return torch.rand(stats.sums[shape_like].shape, generator=generator)
-
-    return random
+def frequency(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, E]: share of the tokens that an expert was sent; the usual baseline."""
+    return stats.sums["tokens/experts"] / stats.num_tokens
 
 
-Score = Callable[[Statistics, str], Tensor]
+def expert_output(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, E, F]: L2 norm of what a neuron adds to the stream, over all tokens: √(Σ (w h_i)²) ‖W_i‖."""
+    return (stats.sums["energy/expert_ffn"] * stats.sums["write/expert_ffn"]).sqrt()
+
+
+def expert_activation(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, E, F]: √(Σ (w h_i)²) alone."""
+    return stats.sums["energy/expert_ffn"].sqrt()
+
+
+def magnitude(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """L2 norm of the weights that would be removed: a baseline that needs no text."""
+    return stats.sums[f"weight/{axis}"].sqrt()
+
+
+def random(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """Uniform noise from a fixed seed: the baseline that every score must beat."""
+    like = stats.sums["cosine" if axis == "layers" else f"weight/{axis}"]
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(0))
+
+
+Score = Callable[[Statistics, str, str], Tensor]
+"""Of the statistics, the axis, and the aggregation; those that are means or sums by definition take no notice of it."""
+
+NEURONS: Mapping[str, Score] = {
+    "activation": activation,
+    "preactivation": preactivation,
+    "reconstruction": reconstruction,
+    "magnitude": magnitude,
+    "random": random,
+}
+LATENT: Mapping[str, Score] = {"energy": energy, "magnitude": magnitude, "random": random}
 
 TABLE: Mapping[str, Mapping[str, Score]] = {
-    "layers": {
-        "block_influence": block_influence,
-        "leave_one_out": leave_one_out,
-        "random": _random("cosine"),
+    "layers": {"block_influence": block_influence, "leave_one_out": leave_one_out, "random": random},
+    "hidden": {"energy": energy, "norm_output": norm_output, "magnitude": magnitude, "random": random},
+    "ffn": NEURONS,
+    "heads": {"output": head_output, "magnitude": magnitude, "random": random},
+    "kv_heads": {"sum": group_sum, "l2": group_l2, "magnitude": magnitude, "random": random},
+    "experts": {"reap": reap, "frequency": frequency, "magnitude": magnitude, "random": random},
+    "expert_ffn": {
+        "output": expert_output,
+        "activation": expert_activation,
+        "magnitude": magnitude,
+        "random": random,
     },
-    "hidden": {
-        "energy": energy,
-        "norm_output": norm_output,
-        "magnitude": _magnitude("hidden_weight"),
-        "random": _random("hidden_weight"),
-    },
-    "ffn": {
-        "activation": activation,
-        "preactivation": preactivation,
-        "reconstruction": reconstruction,
-        "magnitude": _magnitude("ffn_weight"),
-        "random": _random("ffn_weight"),
-    },
-    "heads": {
-        "output": head_output,
-        "magnitude": _magnitude("head_weight"),
-        "random": _random("head_weight"),
-    },
-    "kv_heads": {
-        "sum": head_output,
-        "l2": head_output,
-        "magnitude": _magnitude("kv_weight"),
-        "random": _random("kv_weight"),
-    },
+    "shared_ffn": NEURONS,
+    "q_rank": LATENT,
+    "kv_rank": LATENT,
 }
 AGGREGATIONS = tuple(f"{batch}:{sequence}" for batch in REDUCTIONS for sequence in REDUCTIONS)
 
 
 def score(stats: Statistics, **functions: str) -> Scores:
-    """Scores of every axis.
+    """Scores of every axis that the model has.
 
     Args:
         stats: from `measure`.
@@ -185,22 +211,12 @@ def score(stats: Statistics, **functions: str) -> Scores:
     ]
     if mistakes:
         raise BadRecipe("\n".join(mistakes))
-    axes = {axis: table[chosen[axis]](stats, chosen["aggregation"]).float() for axis, table in TABLE.items()}
-    if chosen["kv_heads"] in ("sum", "l2"):
-        axes["kv_heads"] = _per_group(axes["kv_heads"], stats.sums["kv_weight"].shape[1], chosen["kv_heads"])
-    provenance = dict(stats.provenance) | {f"score/{axis}": name for axis, name in chosen.items()}
+    axes = {
+        axis: table[chosen[axis]](stats, axis, chosen["aggregation"]).float()
+        for axis, table in TABLE.items()
+        if axis == "layers" or f"weight/{axis}" in stats.sums
+    }
+    used = {axis: name for axis, name in chosen.items() if axis in axes or axis == "aggregation"}
+    provenance = dict(stats.provenance) | {f"score/{axis}": name for axis, name in used.items()}
     energies = {site: total / stats.num_tokens for site, total in stats.energies.items()}
     return Scores(axes, energies, provenance)
-
-
-def _per_group(heads_LA: Tensor, groups: int, how: str) -> Tensor:
-    """[L, G]: sum or L2 of the scores of a group's query heads."""
-    grouped_LGA = heads_LA.view(len(heads_LA), groups, -1)
-    return grouped_LGA.sum(-1) if how == "sum" else grouped_LGA.norm(dim=-1)
-
-
-def _sites(stats: Statistics) -> Tensor:
-    """[norms, H]: energy at the input of every norm of hidden channels."""
-    hidden = len(stats.sums["hidden_weight"])
-    sites = (energy_LH.view(-1, energy_LH.shape[-1]) for energy_LH in stats.energies.values())
-    return torch.cat([energy_LH for energy_LH in sites if energy_LH.shape[-1] == hidden])

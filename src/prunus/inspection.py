@@ -12,18 +12,12 @@ from prunus.checkpoint import Checkpoint
 from prunus.results import model_facts
 from prunus.selection import illegal_cut
 
-AXIS_MEANING = {
-    "layers": "decoder layers",
-    "hidden": "channels of the residual stream",
-    "ffn": "neurons per feed-forward block",
-    "heads": "query heads per layer",
-    "kv_heads": "key-value groups per layer; each leaves with its query heads",
-}
-
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes, costs and, per axis, the next smaller legal size."""
-    return model_facts(checkpoint) | {"next_smaller": {axis: next_smaller(checkpoint, axis) for axis in AXES}}
+    return model_facts(checkpoint) | {
+        "next_smaller": {axis: next_smaller(checkpoint, axis) for axis in checkpoint.architecture.axes()}
+    }
 
 
 def next_smaller(checkpoint: Checkpoint, axis: str) -> int | None:
@@ -49,10 +43,10 @@ def show(checkpoint: Checkpoint) -> None:
         f"{checkpoint.bytes / 1e6:,.0f} MB, {str(checkpoint.dtype).removeprefix('torch.')}"
     )
     axes = Table("axis", "size", "next legal size", "meaning", box=None, header_style="bold")
-    for axis in AXES:
+    for axis in checkpoint.architecture.axes():
         smaller = found["next_smaller"][axis]
         size = str(checkpoint.architecture[axis])
-        axes.add_row(axis, size, "–" if smaller is None else str(smaller), AXIS_MEANING[axis])
+        axes.add_row(axis, size, "–" if smaller is None else str(smaller), AXES[axis])
     console.print(axes)
     parts = Table("part", "parameters", "share", box=None, header_style="bold")
     for part, count in sorted(found["parameters_by_group"].items(), key=lambda item: -item[1]):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunus import hardware
-from prunus.families import Branch
+from prunus.families import Branch, Family
 from prunus.frozen import is_frozen
 
 
@@ -120,6 +120,16 @@ def run_layer(layer: nn.Module, stream_BSH: Tensor, inputs: dict[str, Any]) -> T
     return output[0] if isinstance(output, tuple) else output
 
 
+def has(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has a module of this name, relative to the layer."""
+    return any(name == found for found, _ in layer.named_modules())
+
+
+def branches_of(layer: nn.Module, family: Family) -> list[Branch]:
+    """The branches that a layer has, in their order."""
+    return [branch for branch in family.branches if has(layer, branch.mark)]
+
+
 def norm_of(layer: nn.Module, branch: Branch) -> nn.Module:
     """What the branch reads the stream through."""
     return layer.get_submodule(branch.norm) if branch.norm else nn.Identity()
@@ -133,10 +143,10 @@ def branch_inner(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: d
         found.append(args[0])
         raise _Reached
 
-    module = layer.get_submodule(branch.module)
+    assert branch.write, f"{branch.name} has no write projection"
     handle = layer.get_submodule(branch.write).register_forward_pre_hook(stop)
     try:
-        module(hidden_states=normed_BSH, **inputs) if branch.inner == "heads" else module(normed_BSH)
+        _call(layer, branch, normed_BSH, inputs)
     except _Reached:
         return found[0]
     finally:
@@ -144,10 +154,20 @@ def branch_inner(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: d
     raise AssertionError(f"{branch.write} was not called")
 
 
-def branch_written(layer: nn.Module, branch: Branch, inner_BSD: Tensor) -> tuple[Tensor, Tensor]:
-    """The write projection's output, and what is added to the stream: the same, or that behind the post-norm."""
-    written_BSH = layer.get_submodule(branch.write)(inner_BSD)
-    return written_BSH, layer.get_submodule(branch.post_norm)(written_BSH) if branch.post_norm else written_BSH
+def branch_output(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """What a branch makes of its norm's output, before the post-norm if there is one."""
+    output = _call(layer, branch, normed_BSH, inputs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def behind(layer: nn.Module, branch: Branch, written_BSH: Tensor) -> Tensor:
+    """What is added to the stream: the same, or that behind the post-norm."""
+    return layer.get_submodule(branch.post_norm)(written_BSH) if branch.post_norm else written_BSH
+
+
+def _call(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: dict[str, Any]) -> Any:
+    module = layer.get_submodule(branch.module)
+    return module(hidden_states=normed_BSH, **inputs) if branch.inner == "heads" else module(normed_BSH)
 
 
 @contextlib.contextmanager

@@ -5,17 +5,19 @@ Shapes: L layers, B blocks (samples), S tokens of a block, H hidden channels, F 
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import dims, hardware, layerwise
+from prunus import dims, experts, hardware, layerwise
+from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.families import Family
 from prunus.head import head_of
@@ -29,6 +31,7 @@ GRAM_TOKENS = 8192
 """Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
 SOLVED_COLUMNS = 1024
 """Columns of a triangular inverse that are in memory at once."""
+WEIGHED_AXES = ("heads", "kv_heads", "ffn", "shared_ffn", "experts", "q_rank", "kv_rank")
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 
@@ -39,12 +42,18 @@ class Statistics:
 
     Attributes:
         reductions: signal → float32 [3, 2, L, C]: for each reduction over the tokens of a block (mean of |x|, L2,
-            variance) the sum and the sum of squares over blocks. Signals: "activation" and "preactivation" (FFN),
-            "head_output" (L2 norm of each head), "norm_output" (hidden; its L counts the norms).
+            variance) the sum and the sum of squares over blocks. Signals: "activation/" and "preactivation/" of "ffn"
+            and "shared_ffn", "output/heads" (L2 norm of each head), "output/hidden" (of the norms, which its L counts).
         energies: norm → Σ (x/rms)² per channel of its input, [L, H] for most; the final norm [H].
-        sums: "cosine" [L]: Σ cos(layer input, layer output) over tokens; and, of the weights, squared norms
-            "ffn_weight" [L, F], "head_weight" [L, A], "kv_weight" [L, G], "hidden_weight" [H], "write_weight" [L, F].
-        inverse_gram: "ffn" → diag of (E[hhᵀ] + λI)⁻¹, [L, F]; empty unless measured with `grams`.
+        sums: "cosine" [L]: Σ cos(layer input, layer output) over tokens. Of experts [L, E], over the tokens that each
+            was sent: "tokens/experts" their number, "output/experts" Σ w‖y‖ with the router's weight w and its output
+            y, and [L, E, F] "energy/expert_ffn" Σ (w h)² of its neurons h. "energy/hidden" [H]: the energies of all
+            norms of the stream; of latents "energy/" and the axis, [L, C].
+            Of the weights, squared norms "weight/" and the axis: [L, C], [H] for hidden, [L, E, F] for expert_ffn; and
+            "write/ffn", "write/shared_ffn", "write/expert_ffn" of the columns that write.
+        inverse_gram: "ffn", "shared_ffn" → diag of (E[hhᵀ] + λI)⁻¹, [L, F]; empty unless measured with `grams`.
+
+    Where layers are of several kinds, a layer that lacks what is summed has zeros (ones in `inverse_gram`).
         num_blocks, num_tokens: of the text.
         provenance: teacher, text.
     """
@@ -80,11 +89,12 @@ def measure(
     with source.outer():
         batches = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
     count = teacher.architecture.layers
-    passes = [_LayerPass(family, grams=grams, head_dim=teacher.architecture.head_dim) for _ in range(count)]
+    passes = [_LayerPass(family, grams=grams, sizes=teacher.architecture) for _ in range(count)]
     for number, layer in enumerate(source.layers()):
-        with layerwise.observe(layer, passes[number].observers()):
+        with passes[number].observing(layer):
             for batch in batches:
                 before = batch.stream_BSH
+                passes[number].batch_shape = before.shape[:2]
                 batch.stream_BSH = layerwise.run_layer(layer, before, batch.layer_inputs[number])
                 passes[number].add_cosine(before, batch.stream_BSH)
         passes[number].finish()
@@ -105,20 +115,20 @@ def _collect(
     final: _Reducer,
     final_energy: Tensor,
 ) -> Statistics:
-    family = teacher.family
-    signals = {
-        signal: torch.stack([layer.reducers[signal].total for layer in passes], dim=2).cpu()
-        for signal in passes[0].reducers.keys() & {"activation", "preactivation", "head_output"}
-    }
-    norms = [layer.reducers[branch.norm].total for layer in passes for branch in family.branches if branch.norm]
-    signals["norm_output"] = torch.stack([*norms, final.total], dim=2).cpu()
-    energies = {site: torch.stack([layer.energies[site] for layer in passes]).cpu() for site in passes[0].energies}
-    tokens = sum(layer.num_tokens for layer in passes[:1])
+    family, tokens = teacher.family, passes[0].num_tokens
+    norms = {branch.norm for branch in family.branches}
+    read = [reducer.total for layer in passes for name, reducer in layer.reducers.items() if name in norms]
+    signals = _stacked([{n: r.total for n, r in layer.reducers.items() if n not in norms} for layer in passes], dim=2)
+    energies = _stacked([layer.energies for layer in passes])
+    sums = _stacked([{"cosine": layer.cosine, **layer.sums} for layer in passes])
+    latents = {f"energy/{axis}": energies[norm] for axis, norm in family.latents.items() if norm in energies}
+    sites = {site for branch in family.branches for site in (branch.norm, branch.post_norm)}
+    hidden = sum((energy.sum(0) for site, energy in energies.items() if site in sites), start=final_energy.cpu())
     return Statistics(
-        reductions=signals,
+        reductions=signals | {"output/hidden": torch.stack([*read, final.total], dim=2).cpu()},
         energies=energies | {family.final_norm: final_energy.cpu()},
-        sums={"cosine": torch.stack([layer.cosine for layer in passes]).cpu(), **_weight_norms(teacher)},
-        inverse_gram={"ffn": torch.stack([layer.inverse_gram for layer in passes]).cpu()} if passes[0].grams else {},
+        sums=sums | latents | {"energy/hidden": hidden} | _weight_norms(teacher),
+        inverse_gram=_stacked([layer.inverse_gram for layer in passes], absent=1.0),
         num_blocks=len(blocks),
         num_tokens=tokens,
         provenance={
@@ -128,6 +138,15 @@ def _collect(
             "blocks": str(len(blocks)),
         },
     )
+
+
+def _stacked(layers: Sequence[Mapping[str, Tensor]], *, dim: int = 0, absent: float = 0.0) -> dict[str, Tensor]:
+    """Each name's tensors of all layers, on the CPU; `absent` stands for those that a layer lacks."""
+    examples = {name: value for layer in layers for name, value in layer.items()}
+    return {
+        name: torch.stack([layer.get(name, torch.full_like(example, absent)) for layer in layers], dim=dim).cpu()
+        for name, example in examples.items()
+    }
 
 
 class _Reducer:
@@ -151,27 +170,40 @@ class _Reducer:
 class _LayerPass:
     """What is gathered while all text goes through one layer."""
 
-    def __init__(self, family: Family, *, grams: bool, head_dim: int) -> None:
-        self.family, self.grams, self.head_dim = family, grams, head_dim
+    def __init__(self, family: Family, *, grams: bool, sizes: Architecture) -> None:
+        self.family, self.grams, self.sizes = family, grams, sizes
         self.reducers: dict[str, _Reducer] = defaultdict(_Reducer)
         self.energies: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.cosine: Tensor = torch.zeros(())
         self.num_tokens = 0
-        self.pending: list[Tensor] = []
-        self.gram: Tensor | None = None
-        self.inverse_gram: Tensor = torch.zeros(())
+        self.batch_shape: torch.Size = torch.Size()
+        self.pending: dict[str, list[Tensor]] = defaultdict(list)
+        self.gram: dict[str, Tensor] = {}
+        self.inverse_gram: dict[str, Tensor] = {}
 
-    def observers(self) -> dict[str, Callable[[Tensor, Tensor], None]]:
+    @contextlib.contextmanager
+    def observing(self, layer: nn.Module) -> Iterator[None]:
+        """Inside, what the layer computes is gathered."""
+        branches = layerwise.branches_of(layer, self.family)
         observers: dict[str, Callable[[Tensor, Tensor], None]] = {}
-        for branch in self.family.branches:
-            if branch.norm:
-                observers[branch.norm] = self._see_norm(branch.norm)
-            if branch.post_norm:
-                observers[branch.post_norm] = self._see_other_norm(branch.post_norm)
-            observers[branch.write] = self._see_heads if branch.inner == "heads" else self._see_ffn
-            if branch.gate:
-                observers[branch.gate] = lambda _, output: self.reducers["preactivation"].add(output)
-        return observers | {norm: self._see_other_norm(norm) for norm in self.family.norms}
+        with contextlib.ExitStack() as stack:
+            for branch in branches:
+                if branch.norm:
+                    observers[branch.norm] = self._see_norm(branch.norm)
+                if branch.post_norm:
+                    observers[branch.post_norm] = self._see_other_norm(branch.post_norm)
+                if branch.write:
+                    heads = branch.inner == "heads"
+                    observers[branch.write] = self._see_heads if heads else self._see_ffn(branch.inner)
+                if branch.gate:
+                    observers[branch.gate] = self._see_gate(branch.inner)
+                if branch.experts:
+                    module = experts.of(layer, branch.experts)
+                    stack.enter_context(experts.observed(module, self._see_expert))
+            observers |= {norm: self._see_other_norm(norm) for norm in self.family.norms if layerwise.has(layer, norm)}
+            stack.enter_context(layerwise.observe(layer, observers))
+            yield
 
     def _see_norm(self, site: str) -> Callable[[Tensor, Tensor], None]:
         def see(stream_BSH: Tensor, output_BSH: Tensor) -> None:
@@ -187,31 +219,53 @@ class _LayerPass:
         self.energies[site] = self.energies.get(site, 0) + _energy(x_BSH, centred=self.family.centred)
 
     def _see_heads(self, inner_BSD: Tensor, _: Tensor) -> None:
-        per_head_BSAD = inner_BSD.unflatten(-1, (-1, self.head_dim))
-        self.reducers["head_output"].add(torch.linalg.vector_norm(per_head_BSAD, dim=-1, dtype=torch.float32))
+        per_head_BSAD = inner_BSD.unflatten(-1, (self.sizes.heads, -1))
+        self.reducers["output/heads"].add(torch.linalg.vector_norm(per_head_BSAD, dim=-1, dtype=torch.float32))
 
-    def _see_ffn(self, inner_BSF: Tensor, _: Tensor) -> None:
-        self.reducers["activation"].add(inner_BSF)
-        if self.grams:
-            self.pending.append(inner_BSF.flatten(0, 1))
-            if sum(map(len, self.pending)) >= GRAM_TOKENS:
-                self._add_pending()
+    def _see_gate(self, axis: str) -> Callable[[Tensor, Tensor], None]:
+        return lambda _, output: self.reducers[f"preactivation/{axis}"].add(self._blocks(output))
 
-    def _add_pending(self) -> None:
-        gram = layerwise.gram(torch.cat(self.pending))
-        self.gram = gram if self.gram is None else self.gram.add_(gram)
-        self.pending.clear()
+    def _see_ffn(self, axis: str) -> Callable[[Tensor, Tensor], None]:
+        def see(inner: Tensor, _: Tensor) -> None:
+            self.reducers[f"activation/{axis}"].add(self._blocks(inner))
+            if self.grams:
+                self.pending[axis].append(inner.flatten(0, -2))
+                if sum(map(len, self.pending[axis])) >= GRAM_TOKENS:
+                    self._add_pending(axis)
+
+        return see
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """[B, S, C]; a mixture of experts hands its tokens on without the blocks that they are of."""
+        return x if x.ndim == 3 else x.view(*self.batch_shape, -1)
+
+    def _see_expert(self, routed: experts.Routed) -> None:
+        sizes, here = self.sizes, routed.expert
+        for name, shape in (
+            ("tokens/experts", (sizes.experts,)),
+            ("output/experts", (sizes.experts,)),
+            ("energy/expert_ffn", (sizes.experts, sizes.expert_ffn)),
+        ):
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(shape, device=routed.inner_NF.device)
+        weight_N = routed.weight_N.float()
+        self.sums["tokens/experts"][here] += len(weight_N)
+        self.sums["output/experts"][here] += (weight_N * routed.output_NH.float().norm(dim=1)).sum()
+        self.sums["energy/expert_ffn"][here] += weight_N.square() @ routed.inner_NF.float().square()
+
+    def _add_pending(self, axis: str) -> None:
+        gram = layerwise.gram(torch.cat(self.pending.pop(axis)))
+        self.gram[axis] = self.gram[axis].add_(gram) if axis in self.gram else gram
 
     def add_cosine(self, before_BSH: Tensor, after_BSH: Tensor) -> None:
         self.cosine = self.cosine + F.cosine_similarity(before_BSH, after_BSH, dim=-1).sum(dtype=torch.float32)
         self.num_tokens += before_BSH.shape[0] * before_BSH.shape[1]
 
     def finish(self) -> None:
-        if self.pending:
-            self._add_pending()
-        if self.gram is not None:
-            self.inverse_gram = inverse_diagonal(self.gram / self.num_tokens)
-            self.gram = None
+        for axis in list(self.pending):
+            self._add_pending(axis)
+        for axis in list(self.gram):
+            self.inverse_gram[axis] = inverse_diagonal(self.gram.pop(axis) / self.num_tokens)
 
 
 def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
@@ -244,29 +298,69 @@ def inverse_diagonal(gram_FF: Tensor, *, damping: float = 0.01) -> Tensor:
 
 
 def _weight_norms(teacher: Checkpoint) -> dict[str, Tensor]:
-    """Squared norms of the weights that belong to each neuron, head, group and hidden channel."""
+    """Squared norms of the weights that belong to each part of each axis, and of what they write (see `Statistics`)."""
     family, sizes = teacher.family, teacher.architecture
-    units = {"ffn": "ffn_weight", "heads": "head_weight", "kv_heads": "kv_weight"}
-    norms = {key: torch.zeros(sizes.layers, sizes[unit]) for unit, key in units.items()}
-    norms["hidden_weight"] = torch.zeros(sizes.hidden)
-    norms["write_weight"] = torch.zeros(sizes.layers, sizes.ffn)
-    writes = {f"{branch.write}.weight" for branch in family.branches if branch.inner == "ffn"}
+    norms = {f"weight/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in WEIGHED_AXES if axis in sizes}
+    norms["weight/hidden"] = torch.zeros(sizes.hidden)
+    writes = {
+        f"{branch.write}.weight": branch.inner for branch in family.branches if branch.inner != "heads" and branch.write
+    }
+    norms |= {f"write/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in set(writes.values()) if axis in sizes}
+    if "expert_ffn" in sizes:
+        shape = (sizes.layers, sizes.experts, sizes.expert_ffn)
+        norms |= {f"{kind}/expert_ffn": torch.zeros(shape) for kind in ("weight", "write")}
     for name, tensor in teacher.tensors():
-        formulas = teacher.layout[name]
-        if len(formulas) < 2:
-            continue
-        layer, local = family.split(name)
-        squares = _squares(tensor)
-        for along, formula in zip(squares, formulas, strict=True):
-            if formula == "hidden":
-                norms["hidden_weight"] += along
-            for unit in dims.names(formula) & units.keys():
-                if layer is not None:
-                    owner = dims.owner(formula, sizes, unit)
-                    norms[units[unit]][layer].index_add_(0, owner[owner >= 0], along[owner >= 0])
-        if local in writes and layer is not None:
-            norms["write_weight"][layer] += squares[1]
+        formulas, (layer, local) = teacher.layout[name], family.split(name)
+        if len(formulas) == 2:
+            squares = _squares(tensor)
+            _add_matrix(norms, squares, formulas, layer, sizes)
+            if layer is not None and local in writes:
+                norms[f"write/{writes[local]}"][layer] += squares[formulas.index(writes[local])]
+        elif len(formulas) == 3 and layer is not None:
+            for rows, part in tensor.numbered():
+                _add_experts(norms, part, formulas, layer, rows, sizes, writes=local.endswith(experts.WRITE))
     return norms
+
+
+def _add_matrix(
+    norms: Mapping[str, Tensor],
+    squares: tuple[Tensor, Tensor],
+    formulas: tuple[str, ...],
+    layer: int | None,
+    sizes: Architecture,
+) -> None:
+    for along, formula in zip(squares, formulas, strict=True):
+        if formula == "hidden":
+            norms["weight/hidden"].add_(along)
+        for axis in dims.names(formula) & set(WEIGHED_AXES):
+            if layer is not None:
+                owner = dims.owner(formula, sizes, axis)
+                norms[f"weight/{axis}"][layer].index_add_(0, owner[owner >= 0], along[owner >= 0])
+
+
+def _add_experts(
+    norms: Mapping[str, Tensor],
+    part: Tensor,
+    formulas: tuple[str, ...],
+    layer: int,
+    rows: slice,
+    sizes: Architecture,
+    *,
+    writes: bool,
+) -> None:
+    """Of some experts' weights, [E, O, K] or [E, K, O]."""
+    squares = part.to(torch.float32, copy=True).square_()
+    norms["weight/experts"][layer, rows] += squares.sum((1, 2))
+    for dim, formula in enumerate(formulas[1:], start=1):
+        along = squares.sum(3 - dim)
+        if formula == "hidden":
+            norms["weight/hidden"].add_(along.sum(0))
+            continue
+        neurons = torch.zeros(len(along), sizes.expert_ffn)
+        neurons.index_add_(1, dims.owner(formula, sizes, "expert_ffn"), along)
+        norms["weight/expert_ffn"][layer, rows] += neurons
+        if writes:
+            norms["write/expert_ffn"][layer, rows] += neurons
 
 
 def _squares(tensor: Parts) -> tuple[Tensor, Tensor]:

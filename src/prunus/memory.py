@@ -6,16 +6,17 @@ All numbers are bytes. N_t and N_s are the parameters of teacher and student, b 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from prunus import attention, fused, hardware, row_blocks
+from prunus import attention, cost, dims, fused, hardware, row_blocks
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.errors import DoesNotFit
-from prunus.families import Family
+from prunus.families import Branch, Family
 
 LARGEST_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a larger micro-batch is not faster."""
@@ -34,6 +35,7 @@ class Training:
 
     Attributes:
         family, student: of the model that is trained.
+        branches: branch → how many layers have it.
         parameters, teacher_parameters: of the whole models.
         block_size: tokens of a block.
         itemsize: bytes of a value in the type that is computed in.
@@ -46,6 +48,7 @@ class Training:
 
     family: Family
     student: Architecture
+    branches: Mapping[str, int]
     parameters: int
     teacher_parameters: int
     block_size: int
@@ -84,17 +87,48 @@ def activations(training: Training) -> int:
     """What a layer keeps for its backward pass, in every layer; or with checkpointing in one, and all inputs."""
     sizes, b = training.student, training.itemsize
     family = training.family
-    # A norm keeps its input, and what reads it the output; only a sum reads what a post-norm makes.
-    norms = b * sum(2 * bool(branch.norm) + bool(branch.post_norm) for branch in family.branches) * sizes.hidden
-    if any("q_norm" in name for name in family.layer_weights):
-        norms += b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    # Attention keeps q, k, v and its output; a gated FFN gate, act(gate), up and their product, a plain one two.
-    qkv = 2 * b * (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    gated = any("gate" in name for name in family.layer_weights)
-    ffn = (4 if gated else 2) * b * sizes.ffn
-    layer = norms + qkv + ffn + b * sizes.heads * _kept_keys(training)
-    kept = layer + sizes.layers * b * sizes.hidden if training.gradient_checkpointing else sizes.layers * layer
-    return training.tokens * kept
+    kept = {branch: b * _kept_by(branch, training) for branch in family.branches if branch.name in training.branches}
+    if training.gradient_checkpointing:
+        # No layer has more than attention and the largest of the others.
+        largest = [max((kept[b] for b in kept if (b.inner == "heads") is heads), default=0) for heads in (True, False)]
+        return training.tokens * (sum(largest) + sizes.layers * b * sizes.hidden)
+    return training.tokens * sum(training.branches[branch.name] * size for branch, size in kept.items())
+
+
+def _kept_by(branch: Branch, training: Training) -> int:
+    """Values that a branch keeps of a token. A norm keeps its input, and what reads it the output; only a sum reads
+    what a post-norm makes."""
+    family, sizes = training.family, training.student
+    norms = (2 * bool(branch.norm) + bool(branch.post_norm)) * sizes.hidden
+    if branch.inner != "heads":
+        return norms + _neurons(branch, family, sizes)
+    qk_norms = any("q_norm" in name for name in family.layer_weights) * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    return norms + qk_norms + _between(branch, family, sizes) + sizes.heads * _kept_keys(training)
+
+
+def _between(branch: Branch, family: Family, sizes: Architecture) -> int:
+    """What attention keeps of a token: the outputs of its projections, and what the last one reads."""
+    owned = {name: units for name, units in family.layer_weights.items() if name.startswith(f"{branch.module}.")}
+    reads, (side, other) = 0, ((-1, 0) if family.transposed else (0, -1))
+    for name, units in owned.items():
+        if len(units) == 2:
+            reads += dims.size(units[other if name == f"{branch.write}.weight" else side], sizes)
+    # What latents are made into is put together anew: keys, as large as queries, beside the latents' norms.
+    reads += sum(sizes[axis] for axis in family.latents if axis in sizes)
+    return reads + (sizes.heads * (sizes.nope_dim + sizes.rope_dim) if family.latents else 0)
+
+
+def _neurons(branch: Branch, family: Family, sizes: Architecture) -> int:
+    """What an FFN keeps of a token: the outputs of its projections, act(gate), and their product if it is gated."""
+    kept = 0
+    if branch.write:
+        inner = sizes[branch.inner]
+        formulas = [family.outputs(read) for read in branch.reads]
+        reads = sum(dims.size(formula, sizes) for formula in formulas if branch.inner in dims.names(formula))
+        kept = reads + (2 if reads > inner else 1) * inner
+    if branch.experts:  # each copies its tokens, and keeps its output for the router's gradient
+        kept += sizes.top_k * (4 * sizes.expert_ffn + 2 * sizes.hidden)
+    return kept
 
 
 def _kept_keys(training: Training) -> int:
@@ -135,6 +169,7 @@ def training(
     return Training(
         family=student.family,
         student=student.architecture,
+        branches={name: len(having) for name, having in cost.branch_layers(student.family, student.layout).items()},
         parameters=student.parameters,
         teacher_parameters=teacher.parameters if teacher else 0,
         block_size=block_size,

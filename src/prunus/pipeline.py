@@ -23,7 +23,7 @@ from prunus.run import BASELINE, TEACHER_CACHE, Run, claim, open_run, write_json
 from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Search, legal_architectures, search
-from prunus.selection import check_legal
+from prunus.selection import check_legal, ranked_layers
 from prunus.source import opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.trackers import Track, tracked
@@ -148,9 +148,10 @@ def _search(run: Run) -> None:
     recipe = run.recipe
     if recipe.arch is not None:
         named = architecture.parse(recipe.arch, run.teacher.architecture)
-        write_json(run.path("search"), results.explicit(run.teacher, named))
+        write_json(run.path("search"), results.explicit(run.teacher, named, run.scores))
         return
-    budget = parse_budget(run.teacher, params=recipe.params, memory=recipe.memory)
+    ranking = ranked_layers(run.scores)
+    budget = parse_budget(run.teacher, params=recipe.params, memory=recipe.memory, ranking=ranking)
     with console.bar("probes and candidates", unit="models") as step:
         found: Search = search(
             run.teacher,
@@ -169,8 +170,8 @@ def _search(run: Run) -> None:
 
 def _prune(run: Run) -> None:
     """Cut, repair, write, compare."""
-    options, target = run.recipe.prune, results.chosen(run.candidates)
-    parameters = cost.parameters(run.teacher.family, run.teacher.layout, target)
+    options, target = run.recipe.prune, results.chosen(run.candidates, run.teacher)
+    parameters = cost.parameters(run.teacher.family, run.teacher.layout, target, ranked_layers(run.scores))
     run.require_space(1.1 * parameters * run.teacher.dtype.itemsize, "the pruned model")
     with console.bar("repair", unit="layers") as step:
         prune(

@@ -96,6 +96,10 @@ def _memory(
     need = memory.Training(
         family=teacher.family,
         student=target,
+        branches={
+            name: sum(layer < target.layers for layer in having)
+            for name, having in cost.branch_layers(teacher.family, teacher.layout).items()
+        },
         parameters=_parameters(teacher, target),
         teacher_parameters=teacher.parameters,
         block_size=recipe.data.block_size,
@@ -169,7 +173,7 @@ def _facts(teacher: Checkpoint, sizes: Architecture) -> dict[str, int]:
         "parameters": parameters,
         "bytes": parameters * teacher.dtype.itemsize,
         "FLOPs per token": cost.flops_per_token(teacher.family, teacher.layout, sizes),
-        "KV bytes per token": cost.kv_bytes_per_token(sizes, bytes_per_value=teacher.dtype.itemsize),
+        "KV bytes per token": cost.kv_bytes_per_token(teacher.family, sizes, bytes_per_value=teacher.dtype.itemsize),
     }
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunus import dims, hardware, refit, repair, weights
 from prunus.architecture import Architecture, to_config
-from prunus.checkpoint import Checkpoint, save
+from prunus.checkpoint import Checkpoint, from_config, save
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import Scores
@@ -82,19 +82,32 @@ def cut(
         kept_layers=kept.layers,
         per_layer_fields=family.per_layer_fields,
         layer_count_fields=family.layer_count_fields,
+        others={**family.fixed, **_branch_layers(family, tensors, target.layers)},
     )
     return Student(type(teacher.config).from_dict(config), target, tensors, kept)
 
 
+def _branch_layers(family: Family, tensors: Iterable[str], layers: int) -> dict[str, list[int]]:
+    """Config key → the layers that have its branch."""
+    having = {
+        key: next(b.mark for b in family.branches if b.name == name) for key, name in family.branch_layers.items()
+    }
+    names = list(tensors)
+    return {
+        key: [n for n in range(layers) if any(name.startswith(f"{family.layer_prefix}{n}.{mark}.") for name in names)]
+        for key, mark in having.items()
+    }
+
+
 def build(student: Student, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of a cut student, in evaluation mode."""
-    model = AutoModelForCausalLM.from_config(student.config, dtype=dtype)
+    model = from_config(student.config, dtype)
     state = {name: tensor.whole() for name, tensor in student.tensors.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(model.all_tied_weights_keys)
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing
-    return model.eval()
+    return model
 
 
 def prune(
@@ -122,11 +135,10 @@ def prune(
     tensors: Mapping[str, Tensor | Parts] = student.tensors
     if calibration is not None and target != teacher.architecture:
         model = repaired(teacher, student, calibration, damping=damping, progress=progress)
-        tensors = {name: model.get_parameter(name).detach().to("cpu", teacher.dtype) for name in tensors}
+        state = model.state_dict()
+        tensors = {name: state[name].to("cpu", dtype=tensor.dtype) for name, tensor in student.tensors.items()}
     kept = json.dumps({"teacher": teacher.fingerprint, "kept": vars(student.kept)})
-    written = save(Path(to), student.config, tensors, like=teacher, extra_files={KEPT_FILE: kept})
-    assert written.parameters == sum(math.prod(tensor.shape) for tensor in tensors.values())
-    return written
+    return save(Path(to), student.config, tensors, like=teacher, extra_files={KEPT_FILE: kept})
 
 
 def repaired(

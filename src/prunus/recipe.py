@@ -117,6 +117,11 @@ class Score(Section):
     ffn: _one_of("ffn") = importance.DEFAULTS["ffn"]  # type: ignore[valid-type]
     heads: _one_of("heads") = importance.DEFAULTS["heads"]  # type: ignore[valid-type]
     kv_heads: _one_of("kv_heads") = importance.DEFAULTS["kv_heads"]  # type: ignore[valid-type]
+    experts: _one_of("experts") = importance.DEFAULTS["experts"]  # type: ignore[valid-type]
+    expert_ffn: _one_of("expert_ffn") = importance.DEFAULTS["expert_ffn"]  # type: ignore[valid-type]
+    shared_ffn: _one_of("shared_ffn") = importance.DEFAULTS["shared_ffn"]  # type: ignore[valid-type]
+    q_rank: _one_of("q_rank") = importance.DEFAULTS["q_rank"]  # type: ignore[valid-type]
+    kv_rank: _one_of("kv_rank") = importance.DEFAULTS["kv_rank"]  # type: ignore[valid-type]
     aggregation: _one_of("aggregation") = importance.DEFAULTS["aggregation"]  # type: ignore[valid-type]
 
 

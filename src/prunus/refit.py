@@ -6,16 +6,18 @@ Shapes: N tokens, H teacher channels, K student inputs, O outputs of a projectio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from prunus import hardware, layerwise, repair
-from prunus.architecture import from_config
-from prunus.families import Family
+from prunus import experts, hardware, layerwise, repair
+from prunus.architecture import Architecture, from_config
+from prunus.families import Branch, Family
 from prunus.layerwise import TokenBlocks
 from prunus.selection import Kept
 
@@ -57,17 +59,10 @@ def repair_layers(
     for number, layer in enumerate(layerwise.layers_of(student)):
         source, seen = walk.next_layer(number)
         entering = [batch.stream_BSH for batch in batches]
-        for branch in family.branches:
+        for branch in layerwise.branches_of(layer, family):
             norm, teacher_side = layerwise.norm_of(layer, branch), seen[branch.name]
             read = entering if family.parallel else [batch.stream_BSH for batch in batches]
             normed = [norm(stream_BSH) for stream_BSH in read]
-            units = {name: family.layer_weights[f"{name}.weight"][0] for name in branch.reads}
-            rows = {name: kept.index(unit, number, walk.sizes) for name, unit in units.items()}
-            _fit_reads(source, layer, rows, _flat(normed), _flat(teacher_side.normed), damping)
-            inner = [
-                layerwise.branch_inner(layer, branch, normed_BSK, batch.layer_inputs[number])
-                for normed_BSK, batch in zip(normed, batches, strict=True)
-            ]
             if branch.post_norm:  # the norm behind sets the scale, so only the direction counts
                 targets_NK = _flat(teacher_side.written)[:, hidden]
             else:
@@ -76,11 +71,138 @@ def repair_layers(
                 after_NK = _flat(teacher_side.after)[:, hidden].float() * scale
                 targets_NK = (after_NK - torch.lerp(before_NK, own_NK, FEEDBACK)) / added_scale
                 targets_NK = targets_NK.to(normed[0].dtype)
-            _fit_write(_linear(layer, branch.write), _flat(inner), targets_NK, damping)
-            for batch, inner_BSD in zip(batches, inner, strict=True):
-                added_BSK = layerwise.branch_written(layer, branch, inner_BSD)[1]
-                batch.stream_BSH = batch.stream_BSH + added_BSK * added_scale
+            inputs = [batch.layer_inputs[number] for batch in batches]
+            fit = _BranchFit(source, layer, branch, family, kept, number, walk.sizes, damping)
+            for batch, written_BSK in zip(
+                batches, fit.fitted(normed, inputs, _flat(teacher_side.normed), targets_NK), strict=True
+            ):
+                batch.stream_BSH = batch.stream_BSH + layerwise.behind(layer, branch, written_BSK) * added_scale
         progress(number + 1, len(kept.layers))
+
+
+class Projection(Protocol):
+    """A linear map of a layer: nn.Linear, a router, or GPT-2's Conv1D."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _BranchFit:
+    """Fits one branch of a student's layer to the layer that it was cut out of.
+
+    Attributes:
+        source, layer: of the teacher, and of the student, changed in place.
+        number: of the student's layer.
+        sizes: of the teacher.
+    """
+
+    source: nn.Module
+    layer: nn.Module
+    branch: Branch
+    family: Family
+    kept: Kept
+    number: int
+    sizes: Architecture
+    damping: float
+
+    def fitted(
+        self, normed: list[Tensor], inputs: list[dict[str, Any]], teacher_NH: Tensor, targets_NK: Tensor
+    ) -> list[Tensor]:
+        """What the fitted branch writes, [B, S, K] of each batch.
+
+        Args:
+            normed: what it reads, [B, S, K] of each batch.
+            inputs: what else its module is called with.
+            teacher_NH: what the teacher's branch reads.
+            targets_NK: what it should write.
+        """
+        layer, branch, student_NK = self.layer, self.branch, _flat(normed)
+        self._fit_reads(student_NK, teacher_NH)
+        if branch.experts:
+            self._fit_experts(student_NK, teacher_NH)
+        if branch.write is None:
+            return self._outputs(normed, inputs)
+        inner = [
+            layerwise.branch_inner(layer, branch, normed_BSK, each)
+            for normed_BSK, each in zip(normed, inputs, strict=True)
+        ]
+        projection, inner_NF = _projection(layer, branch.write), torch.cat([part.flatten(0, -2) for part in inner])
+        if not branch.experts:
+            _fit_write(projection, inner_NF, targets_NK, self.damping)
+            return [projection(inner_BSF) for inner_BSF in inner]
+        if branch.write_gate:
+            inner_NF = inner_NF * torch.sigmoid(layer.get_submodule(branch.write_gate)(student_NK))
+        # A shared expert sees every token, so it makes good what the routed ones leave.
+        others_NK = _flat(self._outputs(normed, inputs)) - inner_NF @ _weight(projection).T
+        _fit_write(projection, inner_NF, targets_NK - others_NK, self.damping)
+        return self._outputs(normed, inputs)
+
+    def _outputs(self, normed: list[Tensor], inputs: list[dict[str, Any]]) -> list[Tensor]:
+        return [
+            layerwise.branch_output(self.layer, self.branch, normed_BSK, each)
+            for normed_BSK, each in zip(normed, inputs, strict=True)
+        ]
+
+    def _fit_reads(self, student_NK: Tensor, teacher_NH: Tensor) -> None:
+        """Fit q, k, v (or gate, up, router) to the teacher's outputs from the student's norm output."""
+        inputs, targets = _with_ones(student_NK), _with_ones(teacher_NH)
+        gram_KK = layerwise.gram(inputs)
+        cross_HK = hardware.matmul_float32(targets.T, inputs)
+        solvers: dict[bool, repair.LeastSquares] = {}
+
+        def solved(original_OH: Tensor, start_OK: Tensor, *, biased: bool) -> Tensor:
+            columns = slice(None) if biased else slice(-1)
+            if biased not in solvers:
+                solvers[biased] = repair.LeastSquares(gram_KK[columns, columns], damping=self.damping)
+            return solvers[biased](original_OH @ cross_HK[columns, columns], start_OK)
+
+        for name in self.branch.reads:
+            original, projection = _projection(self.source, name), _projection(self.layer, name)
+            rows = self.kept.index(self.family.outputs(name), self.number, self.sizes)
+            weight_OH = _joined(original)
+            kept_OH = weight_OH if rows is None else weight_OH[rows.to(weight_OH.device)]
+            _set(projection, solved(kept_OH, _joined(projection), biased=_bias(projection) is not None))
+        if self.branch.experts:
+            theirs, mine = (experts.of(layer, self.branch.experts) for layer in (self.source, self.layer))
+            name = experts.read_of(mine)
+            for place, expert in enumerate(self.kept.inner["experts"][self.number]):
+                kept_OH = experts.joined(theirs, name, expert)[self._neurons(name, place)]
+                fitted = solved(kept_OH, experts.joined(mine, name, place), biased=mine.has_bias)
+                experts.put(mine, name, place, fitted)
+
+    def _fit_experts(self, student_NK: Tensor, teacher_NH: Tensor) -> None:
+        """Fit each expert's write to what the teacher's makes of the tokens that the student sends there. The fewer
+        these are, the stronger is the pull to the sliced weights."""
+        assert self.branch.experts
+        theirs, mine = (experts.of(layer, self.branch.experts) for layer in (self.source, self.layer))
+        origin, hidden = self.kept.inner["experts"][self.number], torch.tensor(self.kept.hidden)
+
+        def fit(routed: experts.Routed) -> None:
+            teacher_NH_here = teacher_NH[routed.tokens_N]
+            expert = origin[routed.expert]
+            targets_NH = experts.written(theirs, expert, experts.inner(theirs, expert, teacher_NH_here))
+            weight_N1 = routed.weight_N[:, None].to(targets_NH.dtype)
+            inputs_NF = routed.inner_NF if not mine.has_bias else _with_ones(routed.inner_NF)
+            inputs_NF = inputs_NF * weight_N1
+            targets_NK = targets_NH[:, hidden.to(targets_NH.device)] * weight_N1
+            damping = self.damping * (1 + inputs_NF.shape[1] / len(inputs_NF))
+            solve = repair.LeastSquares(layerwise.gram(inputs_NF), damping=damping)
+            cross_KF = hardware.matmul_float32(targets_NK.T, inputs_NF)
+            start_KF = experts.joined(mine, experts.WRITE, routed.expert)
+            experts.put(mine, experts.WRITE, routed.expert, solve(cross_KF, start_KF))
+
+        with experts.observed(mine, fit):
+            self.layer.get_submodule(self.branch.module)(student_NK[None])
+
+    def _neurons(self, name: str, place: int) -> Tensor:
+        """Which outputs of the experts' first weight the student's expert `place` keeps."""
+        units = self.family.layer_weights[f"{self.branch.experts}.{name}"]
+        formula = next(unit for unit in units if "expert_ffn" in unit)
+        index = self.kept.index(formula, self.number, self.sizes)
+        assert index is not None
+        return index[place]
 
 
 @dataclass
@@ -90,7 +212,7 @@ class _Seen:
     Attributes:
         before: the stream before the branch, [B, S, H].
         normed: the norm's output.
-        written: the write projection's output.
+        written: what the branch makes of it, before a post-norm.
         after: the stream behind the branch; behind the last one of a layer, also behind dropped layers that follow.
     """
 
@@ -107,7 +229,7 @@ class _TeacherWalk:
         self.family, self.kept, self.batches = family, kept, batches
         self.added_scale = getattr(teacher.config, family.residual_scale) if family.residual_scale else 1.0
         self.layers = layerwise.layers_of(teacher)
-        self.sizes = from_config(teacher.config.to_dict(), family.fields)
+        self.sizes = from_config(teacher.config.to_dict(), family.fields, family.derived)
         self.done = 0
 
     def next_layer(self, number: int) -> tuple[nn.Module, dict[str, _Seen]]:
@@ -115,22 +237,22 @@ class _TeacherWalk:
         self._skip_to(self.kept.layers[number])
         layer, seen = self.layers[self.done], {}
         entering = [batch.stream_BSH for batch in self.batches]
-        for branch in self.family.branches:
+        branches = layerwise.branches_of(layer, self.family)
+        for branch in branches:
             seen[branch.name] = _Seen([], [], [], [])
             for batch, entering_BSH in zip(self.batches, entering, strict=True):
                 seen[branch.name].before.append(batch.stream_BSH)
                 read_BSH = entering_BSH if self.family.parallel else batch.stream_BSH
                 normed_BSH = layerwise.norm_of(layer, branch)(read_BSH)
-                inner_BSD = layerwise.branch_inner(layer, branch, normed_BSH, batch.layer_inputs[self.done])
-                written_BSH, added_BSH = layerwise.branch_written(layer, branch, inner_BSD)
-                batch.stream_BSH = batch.stream_BSH + added_BSH * self.added_scale
+                written_BSH = layerwise.branch_output(layer, branch, normed_BSH, batch.layer_inputs[self.done])
+                batch.stream_BSH = batch.stream_BSH + layerwise.behind(layer, branch, written_BSH) * self.added_scale
                 seen[branch.name].normed.append(normed_BSH)
                 seen[branch.name].written.append(written_BSH)
                 seen[branch.name].after.append(batch.stream_BSH)
         self.done += 1
         last = number + 1 == len(self.kept.layers)
         self._skip_to(len(self.layers) if last else self.kept.layers[number + 1])
-        seen[self.family.branches[-1].name].after = [batch.stream_BSH for batch in self.batches]
+        seen[branches[-1].name].after = [batch.stream_BSH for batch in self.batches]
         return layer, seen
 
     def _skip_to(self, layer: int) -> None:
@@ -140,39 +262,12 @@ class _TeacherWalk:
         self.done = layer
 
 
-def _fit_reads(
-    source: nn.Module,
-    layer: nn.Module,
-    rows: Mapping[str, Tensor | None],
-    student_NK: Tensor,
-    teacher_NH: Tensor,
-    damping: float,
-) -> None:
-    """Fit q, k, v (or gate, up) to the teacher's outputs from the student's norm output.
-
-    Args:
-        rows: projection → which of the teacher's outputs it keeps.
-    """
-    inputs, targets = _with_ones(student_NK), _with_ones(teacher_NH)
-    gram_KK = layerwise.gram(inputs)
-    cross_HK = hardware.matmul_float32(targets.T, inputs)
-    for name, index in rows.items():
-        original, projection = _linear(source, name), _linear(layer, name)
-        columns = slice(None) if projection.bias is not None else slice(-1)
-        weight_OH = _joined(original)
-        kept_OH = weight_OH if index is None else weight_OH[index.to(weight_OH.device)]
-        wanted_OK = kept_OH @ cross_HK[columns, columns]
-        _set(
-            projection,
-            repair.least_squares(gram_KK[columns, columns], wanted_OK, _joined(projection), damping=damping),
-        )
-
-
-def _fit_write(projection: nn.Linear, inner_NK: Tensor, targets_NO: Tensor, damping: float) -> None:
+def _fit_write(projection: Projection, inner_NK: Tensor, targets_NO: Tensor, damping: float) -> None:
     """Fit o_proj (or down_proj) to what should be added to the student's stream."""
-    inputs = inner_NK if projection.bias is None else _with_ones(inner_NK)
+    inputs = inner_NK if _bias(projection) is None else _with_ones(inner_NK)
     cross_OK = hardware.matmul_float32(targets_NO.T, inputs)
-    _set(projection, repair.least_squares(layerwise.gram(inputs), cross_OK, _joined(projection), damping=damping))
+    solve = repair.LeastSquares(layerwise.gram(inputs), damping=damping)
+    _set(projection, solve(cross_OK, _joined(projection)))
 
 
 def _flat(parts_BSH: list[Tensor]) -> Tensor:
@@ -185,20 +280,29 @@ def _with_ones(x_ND: Tensor) -> Tensor:
     return torch.cat([x_ND, x_ND.new_ones(len(x_ND), 1)], dim=1)
 
 
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    module = layer.get_submodule(name)
-    assert isinstance(module, nn.Linear), name
-    return module
+def _projection(layer: nn.Module, name: str) -> Projection:
+    return cast(Projection, layer.get_submodule(name))
 
 
-def _joined(projection: nn.Linear) -> Tensor:
+def _bias(projection: Projection) -> Tensor | None:
+    return getattr(projection, "bias", None)  # a router may have none by that name
+
+
+def _weight(projection: Projection) -> Tensor:
+    """[O, K]."""
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
+def _joined(projection: Projection) -> Tensor:
     """float32 [O, K] weight, or [O, K+1] with the bias as last column."""
-    weight = projection.weight.float()
-    return weight if projection.bias is None else torch.cat([weight, projection.bias.float()[:, None]], dim=1)
+    weight = _weight(projection).float()
+    bias = _bias(projection)
+    return weight if bias is None else torch.cat([weight, bias.float()[:, None]], dim=1)
 
 
-def _set(projection: nn.Linear, joined: Tensor) -> None:
-    if projection.bias is not None:
-        projection.bias.copy_(joined[:, -1])
+def _set(projection: Projection, joined: Tensor) -> None:
+    bias = _bias(projection)
+    if bias is not None:
+        bias.copy_(joined[:, -1])
         joined = joined[:, :-1]
-    projection.weight.copy_(joined)
+    _weight(projection).copy_(joined)

@@ -35,7 +35,7 @@ def norm_scale(energy_H: Tensor, kept_K: Tensor) -> float:
     return math.sqrt(len(energy_H) / len(kept_K) * kept / total)
 
 
-def least_squares(gram_KK: Tensor, cross_OK: Tensor, start_OK: Tensor, *, damping: float = DAMPING) -> Tensor:
+class LeastSquares:
     """The projection that maps what the student sees to what it should produce.
 
         W = argmin Σ_n ‖ t_n − W x_n ‖² + λ ‖W − W₀‖²  =  (T ᵀX + λ W₀)(XᵀX + λ I)⁻¹,   λ = damping · mean diag(XᵀX)
@@ -43,19 +43,28 @@ def least_squares(gram_KK: Tensor, cross_OK: Tensor, start_OK: Tensor, *, dampin
     The ridge pulls to W₀, the sliced weights: where the calibration text says nothing, the teacher's weights stay.
 
     Args:
-        gram_KK: float32 [K, K], XᵀX of the projection's input in the student.
-        cross_OK: float32 [O, K], TᵀX with the targets T.
-        start_OK: [O, K], the sliced weights W₀.
-    Returns:
-        float32 [O, K].
+        gram_KK: float32 [K, K], XᵀX of the projection's input in the student; factored once, for all projections that
+            read it.
+    Raises:
+        ValueError: it is not positive definite.
     """
-    ridge = damping * gram_KK.diagonal().mean().double()
-    left = gram_KK.double() + ridge * torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
-    right = cross_OK.double() + ridge * start_OK.double()
-    factor, failed = torch.linalg.cholesky_ex(left)
-    if failed:
-        raise ValueError("least_squares: the Gram matrix is not positive definite; the calibration text is degenerate")
-    return torch.cholesky_solve(right.T, factor).T.float()
+
+    def __init__(self, gram_KK: Tensor, *, damping: float = DAMPING) -> None:
+        self.ridge = damping * gram_KK.diagonal().mean().double()
+        left = gram_KK.double() + self.ridge * torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
+        self.factor, failed = torch.linalg.cholesky_ex(left)
+        if failed:
+            raise ValueError("the Gram matrix is not positive definite; the calibration text is degenerate")
+
+    def __call__(self, cross_OK: Tensor, start_OK: Tensor) -> Tensor:
+        """float32 [O, K].
+
+        Args:
+            cross_OK: float32 [O, K], TᵀX with the targets T.
+            start_OK: [O, K], the sliced weights W₀.
+        """
+        right = cross_OK.double() + self.ridge * start_OK.double()
+        return torch.cholesky_solve(right.T, self.factor).T.float()
 
 
 def head_residuals(heads_LD: Tensor, ranked_L: Sequence[int], kept: int) -> Tensor:

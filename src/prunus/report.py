@@ -204,13 +204,14 @@ def _candidates(report: Report) -> dict[str, Any] | None:
         return None
     shown = [c for number, c in enumerate(candidates) if number < CANDIDATES_SHOWN or c["chosen"]]
     rows, more = [_candidate(candidate) for candidate in shown], len(candidates) - len(shown)
-    return {"axes": AXES, "rows": rows, "more": more, "measured": any(c["measured"] for c in candidates)}
+    axes = [axis for axis in AXES if axis in shown[0]["architecture"]]
+    return {"axes": axes, "rows": rows, "more": more, "measured": any(c["measured"] for c in candidates)}
 
 
 def _candidate(candidate: Report) -> dict[str, Any]:
     measured = candidate["measured"] or {}
     return {
-        "sizes": [formats.count(candidate["architecture"][axis]) for axis in AXES],
+        "sizes": [formats.count(candidate["architecture"][axis]) for axis in AXES if axis in candidate["architecture"]],
         "parameters": formats.count(candidate["parameters"]),
         "predicted": formats.number(candidate["predicted_damage"]),
         "loss": formats.number(measured.get("loss")),
@@ -294,5 +295,5 @@ def _importance_pictures(report: Report) -> list[pictures.Picture]:
         pictures.layers(scores["layers"], scores.get("leave_one_out"), removed),
         pictures.heads(scores["heads"], kept_heads),
         pictures.hidden(scores["hidden"], kept.get("hidden")),
-        pictures.ffn(scores["ffn"]["quantiles"], removed),
+        *([pictures.ffn(scores["ffn"]["quantiles"], removed)] if "ffn" in scores else []),
     ]

@@ -25,7 +25,9 @@ from prunus.evaluate import PROMPTS, qualities, samples, speed
 from prunus.prune import KEPT_FILE, build, cut
 from prunus.recipe import STAGES
 from prunus.run import BASELINE, Run, read_json
+from prunus.scores import Scores
 from prunus.search import Candidate, Search
+from prunus.selection import ranked_layers
 from prunus.tasks import local_task_from_dict, run_tasks
 from prunus.text import Blocks
 
@@ -57,9 +59,9 @@ def searched(found: Search, budget: Budget) -> dict[str, Any]:
     }
 
 
-def explicit(teacher: Checkpoint, target: Architecture) -> dict[str, Any]:
+def explicit(teacher: Checkpoint, target: Architecture, scores: Scores) -> dict[str, Any]:
     """2-candidates.json of an architecture that the user named."""
-    parameters = cost.parameters(teacher.family, teacher.layout, target)
+    parameters = cost.parameters(teacher.family, teacher.layout, target, ranked_layers(scores))
     return {
         "budget": {
             "text": f"arch {target}",
@@ -75,9 +77,10 @@ def explicit(teacher: Checkpoint, target: Architecture) -> dict[str, Any]:
     }
 
 
-def chosen(candidates: Mapping[str, Any]) -> Architecture:
+def chosen(candidates: Mapping[str, Any], teacher: Checkpoint) -> Architecture:
     """The architecture that a search or the user settled on."""
-    return next(Architecture(**entry["architecture"]) for entry in candidates["candidates"] if entry["chosen"])
+    entry = next(entry for entry in candidates["candidates"] if entry["chosen"])
+    return teacher.architecture.replace(**entry["architecture"])
 
 
 def _candidate(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.bytes,
         "parameters_by_group": cost.parameters_by_group(family, tensors, sizes),
         "flops_per_token": cost.flops_per_token(family, tensors, sizes),
-        "kv_bytes_per_token": cost.kv_bytes_per_token(sizes, bytes_per_value=checkpoint.dtype.itemsize),
+        "kv_bytes_per_token": cost.kv_bytes_per_token(family, sizes, bytes_per_value=checkpoint.dtype.itemsize),
     }
 
 
@@ -211,7 +214,7 @@ def show(run: Run) -> None:
         out.print(table)
     elif run.finished("search"):
         entry = next(entry for entry in run.candidates["candidates"] if entry["chosen"])
-        out.print(f"{Architecture(**entry['architecture'])}: {entry['parameters']:,} parameters")
+        out.print(f"{chosen(run.candidates, run.teacher)}: {entry['parameters']:,} parameters")
     if run.finished("search") and (note := run.candidates["budget"]["note"]):
         out.print(f"Note: {note}")
     last = max((stage for stage in STAGES if run.finished(stage)), key=STAGES.index)
@@ -224,8 +227,9 @@ def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any
         return budget
     if budget["unit"] == "parameters":
         return budget | {"counted": student.parameters}
-    per_token = cost.kv_bytes_per_token(student.architecture, bytes_per_value=student.dtype.itemsize)
-    return budget | {"counted": student.parameters * student.dtype.itemsize + MEMORY_CONTEXT * per_token}
+    width = student.dtype.itemsize
+    per_token = cost.kv_bytes_per_token(student.family, student.architecture, bytes_per_value=width)
+    return budget | {"counted": student.parameters * width + MEMORY_CONTEXT * per_token}
 
 
 def _texts(run: Run) -> dict[str, Blocks]:
@@ -249,8 +253,11 @@ def _scores(run: Run) -> dict[str, Any]:
         if "leave_one_out" in run.statistics.sums
         else None,
         "hidden": scores["hidden"].tolist(),
-        "ffn": {"quantiles": torch.quantile(scores["ffn"], levels, dim=1).T.tolist()},
         "heads": scores["heads"].tolist(),
+    } | {
+        axis: {"quantiles": torch.quantile(scores[axis], levels, dim=1).T.tolist()}
+        for axis in ("ffn",)
+        if axis in scores.axes
     }
 
 

@@ -19,7 +19,8 @@ class Scores:
     """How much each part of the teacher matters. Higher stays longer; comparable within a row only.
 
     Attributes:
-        axes: "layers" [L], "hidden" [H], "ffn" [L, F], "heads" [L, A], "kv_heads" [L, G]; float32.
+        axes: "layers" [L], "hidden" [H], "expert_ffn" [L, E, F], the others that the model has [L, C]; float32. A
+            layer that lacks what is scored has zeros.
         energies: norm → E[(x/rms)²] of the channels at its input, [L, H] inside the layers, [H] outside. The norm
             correction needs them.
         provenance: teacher, text, tokens and the function behind each axis.

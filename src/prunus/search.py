@@ -7,6 +7,7 @@ guess (Minitron, arXiv:2407.14679, sec. 4: rankings move until some 300 steps in
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prunus import hardware
-from prunus.architecture import AXES, Architecture
+from prunus.architecture import Architecture
 from prunus.budget import Budget
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BudgetUnreachable
@@ -27,7 +28,10 @@ from prunus.selection import illegal_cut
 from prunus.text import Blocks
 
 TOLERANCE = 0.01
-PROBED_AXES = ("layers", "hidden", "ffn", "heads")
+MOST_COMBINATIONS = 50_000
+"""Sizes of an axis are thinned out until no more combinations of them are left to be tried."""
+SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+"""Of an axis whose sizes are not all tried."""
 ALIGNMENTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """Sizes are kept multiples of the largest of these that still lets the budget be met: fast on tensor cores."""
 
@@ -74,29 +78,41 @@ def lost_share(scores: Scores, teacher: Architecture, architecture: Architecture
 
     Heads are ranked within their groups, so the axis "heads" covers both heads and groups.
     """
-    per_layer = {axis: scores[axis] for axis in ("ffn", "kv_heads")}
-    shares = {axis: _tail(values, architecture[axis]) for axis, values in per_layer.items()}
-    grouped = scores["heads"].unflatten(-1, (teacher.kv_heads, -1)).flatten(0, 1)
-    inside = _tail(grouped, architecture.heads // architecture.kv_heads)
-    return {
-        # A layer's influence is already a damage, and the sum of what is removed is what counts.
-        "layers": float(_lowest(scores["layers"].clamp_min(0)[None], architecture.layers)),
-        # The score of a hidden channel is an energy.
-        "hidden": float(_lowest(scores["hidden"][None], architecture.hidden)),
-        "ffn": shares["ffn"],
-        "heads": 1 - (1 - shares["kv_heads"]) * (1 - inside),
-    }
+    shares = {axis: _tail(scores[axis], architecture[axis]) for axis in _plain_axes(teacher)}
+    # A layer's influence is already a damage, and the sum of what is removed is what counts.
+    shares["layers"] = float(_lowest(scores["layers"].clamp_min(0)[None], architecture.layers))
+    # The score of a hidden channel is an energy.
+    shares["hidden"] = float(_lowest(scores["hidden"][None], architecture.hidden))
+    if "heads" in scores.axes:
+        groups = _tail(scores["kv_heads"], architecture.kv_heads)
+        inside = _tail(
+            scores["heads"].unflatten(-1, (teacher.kv_heads, -1)), architecture.heads // architecture.kv_heads
+        )
+        shares["heads"] = 1 - (1 - groups) * (1 - inside)
+    return shares
 
 
-def _tail(values_RC: Tensor, keep: int) -> float:
-    return float(_lowest(values_RC.square(), keep))
+def probed_axes(teacher: Architecture) -> list[str]:
+    """The axes whose damage is weighed; heads and their groups are one."""
+    return ["layers", "hidden", *(["heads"] if "heads" in teacher else []), *_plain_axes(teacher)]
+
+
+def _plain_axes(teacher: Architecture) -> list[str]:
+    """Those whose parts are independent of each other."""
+    return [axis for axis in teacher.axes() if axis not in ("layers", "hidden", "heads", "kv_heads", "top_k")]
+
+
+def _tail(scores: Tensor, keep: int) -> float:
+    """Of scores whose last dimension is ranked; layers that have no such part have zeros."""
+    rows = scores.flatten(0, -2)
+    return float(_lowest(rows[rows.abs().amax(1) > 0].square(), keep))
 
 
 def _lowest(values_RC: Tensor, keep: int) -> Tensor:
     """Mean over rows of the share that the values below the `keep` highest hold."""
     ascending = values_RC.sort(dim=1).values
     gone = ascending[:, : values_RC.shape[1] - keep].sum(1)
-    return (gone / ascending.sum(1).clamp_min(1e-30)).mean()
+    return (gone / ascending.sum(1).clamp_min(1e-30)).mean().nan_to_num()
 
 
 def legal_architectures(
@@ -104,12 +120,14 @@ def legal_architectures(
 ) -> list[Architecture]:
     """Every legal architecture within the tolerance of the budget; else the nearest one alone.
 
-    All depths, hidden sizes and head counts are tried; FFN, the finest axis, takes up what is left of the budget.
+    All depths, hidden sizes, head and expert counts are tried, in steps where these are too many; the neurons of the
+    FFN, or of experts, are the finest axis and take up what is left of the budget.
 
     Raises:
         BudgetUnreachable: even the smallest legal model is larger.
     """
-    outer = list(_without_ffn(family, teacher, budget))
+    filler = _filler(teacher, budget)
+    outer = list(_without(filler, family, teacher))
     smallest = min((budget.cost(a) for a in outer), default=0)
     if not outer or smallest > budget.target * (1 + tolerance):
         raise BudgetUnreachable(
@@ -118,7 +136,7 @@ def legal_architectures(
         )
     nearest, best_gap, found = outer[0], math.inf, []
     for base in outer:
-        for candidate in _ffn_options(teacher, base, budget, tolerance):
+        for candidate in _filled(family, filler, teacher, base, budget, tolerance):
             gap = abs(budget.cost(candidate) - budget.target) / budget.target
             if gap < best_gap:
                 nearest, best_gap = candidate, gap
@@ -127,31 +145,63 @@ def legal_architectures(
     return found or [nearest]
 
 
-def _without_ffn(family: Family, teacher: Architecture, budget: Budget) -> Iterator[Architecture]:
-    """Legal architectures with the smallest FFN (1 neuron)."""
+def _filler(teacher: Architecture, budget: Budget) -> str:
+    """The kind of neurons that holds the most parameters."""
+    kinds = [axis for axis in ("ffn", "expert_ffn", "shared_ffn") if axis in teacher.axes()]
+    return max(kinds, key=lambda axis: budget.cost(teacher) - budget.cost(teacher.replace(**{axis: 1})))
+
+
+def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Architecture]:
+    """Legal architectures with the fewest neurons of the kind that fills them up."""
+    least = _least(filler, family, teacher)
     per_group = teacher.heads // teacher.kv_heads
-    step = _alignment(teacher.hidden, 0.02)
-    for layers in range(teacher.layers, 0, -1):
-        for kv_heads in range(teacher.kv_heads, 0, -1):
-            for heads in (kv_heads * size for size in range(per_group, 0, -1)):
-                for hidden in {*range(step, teacher.hidden + 1, step), teacher.hidden}:
-                    base = teacher.replace(layers=layers, hidden=hidden, ffn=1, heads=heads, kv_heads=kv_heads)
-                    if not illegal_cut(family, teacher, base):
-                        yield base
+    options = {axis: _options(teacher, axis) for axis in teacher.axes() if axis not in (filler, "heads", "top_k")}
+    options["per_group"] = list(range(per_group, 0, -1))
+    while math.prod(map(len, options.values())) > MOST_COMBINATIONS:
+        longest = max(options, key=lambda axis: len(options[axis]))
+        options[longest] = options[longest][::2]
+    for sizes in itertools.product(*options.values()):
+        named = dict(zip(options, sizes, strict=True))
+        heads = named["kv_heads"] * named.pop("per_group")
+        base = teacher.replace(**named, heads=heads, **{filler: least})
+        if not illegal_cut(family, teacher, base):
+            yield base
 
 
-def _ffn_options(teacher: Architecture, base: Architecture, budget: Budget, tolerance: float) -> list[Architecture]:
-    """The one or two aligned FFN sizes that bring `base` nearest to the budget from both sides."""
-    fixed = budget.cost(base.replace(ffn=0))
-    per_neuron = budget.cost(base) - fixed
+def _least(axis: str, family: Family, teacher: Architecture) -> int:
+    """The smallest legal size of an axis, of which the others are multiples."""
+    return next((s for s in reversed(ALIGNMENTS) if not family.illegal(teacher.replace(**{axis: s}))), 1)
+
+
+def _options(teacher: Architecture, axis: str) -> list[int]:
+    """Sizes of an axis that are tried, the teacher's first."""
+    size = teacher[axis]
+    if axis in ("layers", "kv_heads"):
+        return list(range(size, 0, -1))
+    if axis == "hidden":
+        step = _alignment(size, 0.02)
+        return [size, *(n for n in range(size // step * step, 0, -step) if n < size)]
+    step = _alignment(size, 0.1)
+    return sorted({max(1, round(share * size / step) * step) for share in SHARES[1:]} | {size}, reverse=True)
+
+
+def _filled(
+    family: Family, filler: str, teacher: Architecture, base: Architecture, budget: Budget, tolerance: float
+) -> list[Architecture]:
+    """`base` with the one or two aligned numbers of neurons that bring it nearest to the budget from both sides."""
+    fixed = budget.cost(base.replace(**{filler: 0}))
+    per_neuron = (budget.cost(base) - fixed) // base[filler]
+    if not per_neuron:  # none of the layers that stay has any
+        return [base]
     room = (budget.target - fixed) / per_neuron
     if room < 1:
         return []
-    step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance * budget.target), 1)
+    least = _least(filler, family, teacher)
+    step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance * budget.target and s >= least), least)
     sizes = {int(room // step) * step, int(room // step + 1) * step}
-    if abs(teacher.ffn - room) * per_neuron <= tolerance * budget.target:
-        sizes.add(teacher.ffn)
-    return [base.replace(ffn=size) for size in sorted(sizes) if 1 <= size <= teacher.ffn]
+    if abs(teacher[filler] - room) * per_neuron <= tolerance * budget.target:
+        sizes.add(teacher[filler])
+    return [base.replace(**{filler: size}) for size in sorted(sizes) if 1 <= size <= teacher[filler]]
 
 
 def _alignment(size: int, share: float) -> int:
@@ -162,7 +212,7 @@ def _alignment(size: int, share: float) -> int:
 def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -> dict[str, Architecture]:
     """Per axis the cut of it alone that comes nearest to the budget, but at least half of the axis stays."""
     probes = {}
-    for axis in PROBED_AXES:
+    for axis in probed_axes(teacher):
         options = [a for a in _single_axis(teacher, axis) if not illegal_cut(family, teacher, a)]
         if options:
             probes[axis] = min(options, key=lambda a: abs(budget.cost(a) - budget.target))
@@ -210,7 +260,7 @@ def search(
     note = None
     if gap > tolerance:
         note = f"no legal architecture lies within {tolerance:.0%} of {budget.text}; the nearest misses it by {gap:.1%}"
-    slopes = dict.fromkeys(PROBED_AXES, 1.0)
+    slopes = dict.fromkeys(probed_axes(source), 1.0)
     measurer = None
     if calibration is not None and heldout is not None and len(found) > 1 and candidates > 0:
         probes = probe_architectures(family, source, budget)
@@ -281,4 +331,4 @@ def _diverse(ranked: list[Candidate], count: int) -> list[Candidate]:
 
 
 def _differs(a: Architecture, b: Architecture) -> bool:
-    return any(abs(a[axis] - b[axis]) > 0.05 * b[axis] for axis in AXES)
+    return any(abs(a[axis] - b[axis]) > 0.05 * b[axis] for axis in a.axes())

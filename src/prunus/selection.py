@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from prunus.errors import BudgetUnreachable
 from prunus.families import Family
 from prunus.scores import Scores
 
+PLAIN_AXES = {"ffn", "shared_ffn", "q_rank", "kv_rank"}
+"""Axes of a layer whose parts are chosen one by one."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -22,15 +26,16 @@ class Kept:
     Attributes:
         layers: [L′].
         hidden: [H′].
-        inner: axis inside the layers → one list per kept layer.
+        inner: axis inside the layers → one list per kept layer; of "expert_ffn" in it one list per kept expert.
     """
 
     layers: list[int]
     hidden: list[int]
-    inner: Mapping[str, list[list[int]]]
+    inner: Mapping[str, list[Any]]
 
     def index(self, formula: str, layer: int, teacher: Mapping[str, int]) -> Tensor | None:
-        """Kept positions along a weight dimension (see `dims`), in student layer `layer`; None keeps all.
+        """Kept positions along a weight dimension (see `dims`), in student layer `layer`; None keeps all. Where they
+        differ from expert to expert, one row for each that is kept.
 
         Args:
             teacher: sizes before the cut.
@@ -41,7 +46,11 @@ class Kept:
                 return torch.tensor(self.hidden)
             return torch.tensor(self.inner[axis][layer]) if axis in self.inner else None
 
-        return dims.index(formula, teacher, chosen)
+        if "expert_ffn" not in dims.names(formula):
+            return dims.index(formula, teacher, chosen)
+        rows = self.inner["expert_ffn"][layer]
+        found = [dims.index(formula, teacher, {"expert_ffn": torch.tensor(row)}.get) for row in rows]
+        return torch.stack([index for index in found if index is not None])
 
 
 def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> list[str]:
@@ -52,7 +61,7 @@ def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> 
         if size > teacher[axis]
     ]
     reasons += family.illegal(target)
-    if not reasons and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
+    if not reasons and "heads" in target and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
         reasons.append(
             f"{target.heads} heads in {target.kv_heads} groups need {target.heads // target.kv_heads} heads per group, "
             f"but the teacher's groups have {teacher.heads // teacher.kv_heads}"
@@ -66,24 +75,49 @@ def check_legal(family: Family, teacher: Architecture, target: Architecture) -> 
         raise BudgetUnreachable(f"architecture {target} is not legal for {family.model_type}: {'; '.join(reasons)}")
 
 
+def ranked_layers(scores: Scores) -> list[int]:
+    """Layers in the order in which they stay; of equals the first."""
+    return torch.argsort(scores["layers"], descending=True, stable=True).tolist()
+
+
 def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:
-    """Keep what scores highest; query heads within their key-value group, so that groups stay equal."""
-    layers = _top(scores["layers"], target.layers)
-    per_group = teacher.heads // teacher.kv_heads
-    kv_heads = [_top(scores["kv_heads"][layer], target.kv_heads) for layer in layers]
-    heads = [
-        [
-            group * per_group + head
-            for group in groups
-            for head in _top(
-                scores["heads"][layer].view(teacher.kv_heads, per_group)[group], target.heads // target.kv_heads
-            )
-        ]
-        for layer, groups in zip(layers, kv_heads, strict=True)
-    ]
-    ffn = [_top(scores["ffn"][layer], target.ffn) for layer in layers]
-    inner = {"ffn": ffn, "heads": heads, "kv_heads": kv_heads}
+    """Keep what scores highest; query heads within their key-value group, and experts within the router's groups, so
+    that these stay equal."""
+    layers = sorted(ranked_layers(scores)[: target.layers])
+    inner: dict[str, list[Any]] = {}
+    for axis in PLAIN_AXES & scores.axes.keys():
+        inner[axis] = [_top(scores[axis][layer], target[axis]) for layer in layers]
+    if "heads" in scores.axes:
+        inner |= _heads(scores, layers, teacher, target)
+    if "experts" in scores.axes:
+        inner |= _experts(scores, layers, teacher, target)
     return Kept(layers, _top(scores["hidden"], target.hidden), inner)
+
+
+def _heads(scores: Scores, layers: list[int], teacher: Architecture, target: Architecture) -> dict[str, list[Any]]:
+    per_group, keep = teacher.heads // teacher.kv_heads, target.heads // target.kv_heads
+    groups = [_top(scores["kv_heads"][layer], target.kv_heads) for layer in layers]
+    heads = [
+        _grouped(scores["heads"][layer], chosen, per_group, keep) for layer, chosen in zip(layers, groups, strict=True)
+    ]
+    return {"heads": heads, "kv_heads": groups}
+
+
+def _experts(scores: Scores, layers: list[int], teacher: Architecture, target: Architecture) -> dict[str, list[Any]]:
+    groups = teacher.get("expert_groups", 1)
+    per_group, keep = teacher.experts // groups, target.experts // groups
+    experts = [_grouped(scores["experts"][layer], range(groups), per_group, keep) for layer in layers]
+    neurons = [
+        [_top(scores["expert_ffn"][layer, expert], target.expert_ffn) for expert in chosen]
+        for layer, chosen in zip(layers, experts, strict=True)
+    ]
+    return {"experts": experts, "expert_ffn": neurons}
+
+
+def _grouped(scores: Tensor, groups: Iterable[int], per_group: int, keep: int) -> list[int]:
+    """The `keep` highest of each group, as indices among all."""
+    table = scores.view(-1, per_group)
+    return [group * per_group + place for group in groups for place in _top(table[group], keep)]
 
 
 def _top(scores: Tensor, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import hardware, layerwise
+from prunus import checks, hardware, layerwise
 from prunus.checkpoint import Checkpoint
 
 SHARE_OF_MEMORY = 0.7
@@ -66,9 +66,9 @@ def on_disk(teacher: Checkpoint) -> Source:
     @contextlib.contextmanager
     def filled(name: str) -> Iterator[nn.Module]:
         module, prefix = model.get_submodule(name), f"{name}."
-        empty = dict(module.named_parameters())
+        empty = checks.stored_tensors(module)
         # A tied head has the embedding's weights under another name.
-        stored = {own: prefix + own if prefix + own in teacher.files else _tied_to(teacher) for own in empty}
+        stored = {own: prefix + own if prefix + own in teacher.stored else _tied_to(teacher) for own in empty}
         _assign(module, {own: teacher.tensor(full) for own, full in stored.items()})
         try:
             yield hardware.place(module)
@@ -80,11 +80,14 @@ def on_disk(teacher: Checkpoint) -> Source:
 
 
 def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Let these be the module's parameters, without a copy where they are in place already."""
+    """Let these be the module's parameters and buffers, without a copy where they are in place already."""
     for name, value in weights.items():
-        owner, _, own = name.rpartition(".")
-        parameter = nn.Parameter(value.to(hardware.device()) if not value.is_meta else value, requires_grad=False)
-        module.get_submodule(owner)._parameters[own] = parameter
+        path, _, own = name.rpartition(".")
+        owner, here = module.get_submodule(path), value if value.is_meta else value.to(hardware.device())
+        if own in owner._buffers:
+            owner._buffers[own] = here
+        else:
+            owner._parameters[own] = nn.Parameter(here, requires_grad=False)
 
 
 def _tied_to(teacher: Checkpoint) -> str:

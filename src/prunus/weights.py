@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from prunus.errors import BadCheckpoint
 
 PART_BYTES = 8 * 1024**2
 """Reading 64 MiB at once makes a cut a quarter slower: disk, cut and disk take turns."""
+AHEAD_BYTES = 8 * PART_BYTES
+"""How much is read before it is asked for."""
 SHARD_BYTES = 4 * 1000**3
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,8 +30,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,24 @@ def cut(tensor: Parts, indices: Sequence[Tensor | None], then: Callable[[Tensor]
     """What stays of a tensor.
 
     Args:
-        indices: of each dimension, int64 ascending; None keeps all.
+        indices: of each dimension, int64 ascending; None keeps all. Behind the first also one row for each that stays
+            of the first, where they differ.
         then: on each part that stays; must not mix rows.
     """
     rows, *columns = indices or [None]
-    shape = tuple(size if index is None else len(index) for size, index in zip(tensor.shape, indices, strict=True))
+    shape = tuple(size if index is None else index.shape[-1] for size, index in zip(tensor.shape, indices, strict=True))
 
     def read() -> Iterator[Tensor]:
         for place, part in tensor.numbered():
+            stays = place
             if rows is not None:
-                here = rows[torch.searchsorted(rows, place.start) : torch.searchsorted(rows, place.stop)]
-                if not len(here):
+                stays = slice(*(int(torch.searchsorted(rows, end)) for end in (place.start, place.stop)))
+                if stays.start == stays.stop:
                     continue
-                part = part.index_select(0, here - place.start)
+                part = part.index_select(0, rows[stays] - place.start)
             for dim, index in enumerate(columns, start=1):
-                part = part if index is None else _take(part, dim, index)
+                if index is not None:
+                    part = _take(part, dim, index if index.ndim == 1 else index[stays])
             yield then(part)
 
     return Parts(shape, tensor.dtype, read)
@@ -133,47 +136,78 @@ def cut(tensor: Parts, indices: Sequence[Tensor | None], then: Callable[[Tensor]
 def _take(part: Tensor, dim: int, index: Tensor) -> Tensor:
     """index_select on a CPU, but for the first dimension by NumPy, which takes a fifth of the time; it knows no
     bfloat16, so the values are read as whole numbers."""
+    if index.ndim == 2:
+        return torch.stack([_take(row, dim - 1, own) for row, own in zip(part, index, strict=True)])
+    if dim == 0:
+        return part.index_select(0, index)
     shape = (*part.shape[:dim], len(index), *part.shape[dim + 1 :])
     out, numbers = torch.empty(shape, dtype=part.dtype), _INTEGERS[part.dtype.itemsize]
     np.take(part.view(numbers).numpy(), index.numpy(), axis=dim, out=out.view(numbers).numpy(), mode="clip")
     return out
 
 
-def _ahead(items: Iterator[T], count: int = 8) -> Iterator[T]:
-    """The same items, some of them made by a thread while the one before is used."""
-    end = object()
+def _ahead(parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same parts, some of them made by a thread while the one before is used."""
     with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(next, items, end) for _ in range(count))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(thread.submit(next, items, end))
-            yield cast(T, item)
+        pending = deque([thread.submit(next, parts, None)])
+        while (part := pending.popleft().result()) is not None:
+            wanted = max(1, AHEAD_BYTES // max(1, part.nbytes))
+            pending.extend(thread.submit(next, parts, None) for _ in range(min(wanted, 8) - len(pending)))
+            yield part
 
 
-def write(folder: Path, tensors: Mapping[str, Parts]) -> None:
+@dataclass(frozen=True)
+class Entry:
+    """Tensors that are written together.
+
+    Attributes:
+        shapes: name → shape, in the order in which `read` gives their values.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    read: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize
+
+
+def entry(name: str, tensor: Parts) -> Entry:
+    """A tensor that is written as it is."""
+    return Entry({name: tensor.shape}, tensor.dtype, tensor.read)
+
+
+def write(folder: Path, entries: Sequence[Entry]) -> None:
     """Safetensors shards, and their index where there are several.
 
     Raises:
         KeyError: a type that is not in `DTYPES`.
     """
-    shards = _shards(tensors)
-    for number, names in enumerate(shards, start=1):
-        _write_shard(folder / _shard_name(number, len(shards)), {name: tensors[name] for name in names})
+    shards = _shards(entries)
+    for number, shard in enumerate(shards, start=1):
+        _write_shard(folder / _shard_name(number, len(shards)), shard)
     if len(shards) > 1:
         numbered = enumerate(shards, start=1)
-        weight_map = {name: _shard_name(number, len(shards)) for number, names in numbered for name in names}
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {
+            name: _shard_name(number, len(shards))
+            for number, shard in numbered
+            for entry in shard
+            for name in entry.shapes
+        }
+        total = sum(entry.nbytes for entry in entries)
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
-def _shards(tensors: Mapping[str, Parts]) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
+        shards[-1].append(entry)
+        size += entry.nbytes
     return shards
 
 
@@ -181,18 +215,19 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _write_shard(file: Path, tensors: Mapping[str, Parts]) -> None:
+def _write_shard(file: Path, entries: Sequence[Entry]) -> None:
     """Length of the header, header, values: https://huggingface.co/docs/safetensors. The library itself wants all
     tensors of a file in memory."""
     header: dict[str, object] = {METADATA: {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+    for entry in entries:
+        for name, shape in entry.shapes.items():
+            begin, end = end, end + math.prod(shape) * entry.dtype.itemsize
+            header[name] = {"dtype": _NAMES[entry.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for part in _ahead(part.contiguous() for tensor in tensors.values() for part in tensor.read()):
+        for part in _ahead(part.contiguous() for entry in entries for part in entry.read()):
             stream.write(part.flatten().view(torch.uint8).numpy().data)
         assert stream.tell() == 8 + len(text) + end, "parts do not add up to their tensor"

@@ -1,5 +1,7 @@
 """The tables that Llama-like decoders share. A family file picks from them; it adds what is its own."""
 
+import dataclasses
+
 from prunus.families.family import Branch
 
 Weights = dict[str, tuple[str, ...]]
@@ -48,3 +50,62 @@ FFN = Branch(
     inner="ffn",
     gate="mlp.gate_proj",
 )
+
+FIELDS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab": "vocab_size",
+}
+
+EXPERTS = Branch(
+    name="experts",
+    module="mlp",
+    norm="post_attention_layernorm",
+    reads=("mlp.gate",),
+    write=None,
+    inner="",
+    experts="mlp.experts",
+)
+
+EXPERT_WEIGHTS: Weights = {
+    "mlp.gate.weight": ("experts", "hidden"),
+    "mlp.experts.gate_up_proj": ("experts", "2*expert_ffn", "hidden"),
+    "mlp.experts.down_proj": ("experts", "hidden", "expert_ffn"),
+}
+
+STORED_EXPERTS = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
+    "mlp.experts.down_proj": ("mlp.experts.*.down_proj.weight",),
+}
+
+ATTENTION_WEIGHTS: Weights = {name: dims for name, dims in PROJECTIONS.items() if name.startswith("self_attn")}
+
+
+def expert_fields(experts: str, expert_ffn: str, top_k: str = "num_experts_per_tok", **others: str) -> dict[str, str]:
+    """Config key of each size of a mixture of experts."""
+    own = {"experts": experts, "expert_ffn": expert_ffn, "top_k": top_k, **others}
+    return {size: key for size, key in FIELDS.items() if key not in own.values()} | own
+
+
+def shared_expert(module: str) -> Weights:
+    """Weights of an expert that sees every token."""
+    return {
+        f"{module}.gate_proj.weight": ("shared_ffn", "hidden"),
+        f"{module}.up_proj.weight": ("shared_ffn", "hidden"),
+        f"{module}.down_proj.weight": ("hidden", "shared_ffn"),
+    }
+
+
+def with_shared_expert(branch: Branch, module: str) -> Branch:
+    """The same branch with such an expert beside the routed ones."""
+    return dataclasses.replace(
+        branch,
+        reads=(*branch.reads, f"{module}.gate_proj", f"{module}.up_proj"),
+        write=f"{module}.down_proj",
+        inner="shared_ffn",
+        gate=f"{module}.gate_proj",
+    )

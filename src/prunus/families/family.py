@@ -4,16 +4,20 @@ A decoder layer is a sequence of branches. Each reads the residual stream x thro
 
     x ← x + post_norm( write( inner( reads( norm(x) ) ) ) )
 
-Names inside a layer are relative to `layer_prefix`; the tensors of a layer that has no bias simply are not there.
+A branch of experts adds what its router's choice of experts makes of the norm's output, and what a shared expert does.
+
+Names inside a layer are relative to `layer_prefix`, and are those of the transformers model. The tensors of a layer
+that has no bias simply are not there; so it is with whole branches, where layers are of several kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunus.architecture import Architecture
+from prunus import dims
+from prunus.architecture import AXES, Architecture
 
 CONSTRAINTS = {
     "heads_divide_hidden": (
@@ -29,12 +33,24 @@ CONSTRAINTS = {
         "kv_heads must equal heads (every head has its own keys and values), so both are cut together",
     ),
     "even_head_dim": (lambda a: a.head_dim % 2 == 0, "head_dim must be even (rotary embedding)"),
+    "aligned_experts": (
+        lambda a: "experts" not in a or (a.hidden % 8 == 0 and a.expert_ffn % 8 == 0),
+        "hidden and expert_ffn must be multiples of 8 (grouped matrix products need rows of 16 bytes)",
+    ),
+    "grouped_experts": (
+        lambda a: "experts" not in a or (a.experts % a.expert_groups == 0 and a.experts // a.expert_groups >= 2),
+        "experts must be a multiple of the router's groups, with at least two in each",
+    ),
+    "reachable_experts": (
+        lambda a: "experts" not in a or a.top_k <= a.chosen_groups * (a.experts // a.expert_groups),
+        "top_k must not be more than the experts of the groups that a token is sent to",
+    ),
 }
 """Legality rules that a family can name, beside the ones that hold for all."""
 
 ALWAYS = (
     (lambda a: a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads (every group serves the same number)"),
-    (lambda a: min(a.layers, a.hidden, a.ffn, a.heads, a.kv_heads) >= 1, "every size must be at least 1"),
+    (lambda a: "top_k" not in a or a.top_k <= a.experts, "top_k must not be more than the experts"),
 )
 
 
@@ -47,20 +63,33 @@ class Branch:
         module: what computes the branch from the norm's output.
         norm: the norm through which the stream is read; None where it is read as it is (OLMo 2).
         reads: projections applied to the norm's output.
-        write: projection whose output is added to the stream.
-        inner: unit of the write's input, "heads" or "ffn".
+        write: projection whose output is added to the stream; None where experts alone write.
+        inner: axis of the write's input: "heads", "ffn" or "shared_ffn".
         post_norm: norm between the write and the stream, if any.
         gate: the projection whose output is the pre-activation, if any.
+        experts: the module that holds the experts' weights, [experts, ...] each; its router is one of `reads`.
+        write_gate: a projection whose sigmoid multiplies the write (Qwen's shared expert).
     """
 
     name: str
     module: str
     norm: str | None
     reads: tuple[str, ...]
-    write: str
+    write: str | None
     inner: str
     post_norm: str | None = None
     gate: str | None = None
+    experts: str | None = None
+    write_gate: str | None = None
+
+    @property
+    def mark(self) -> str:
+        """A module that a layer has if it has this branch."""
+        return self.experts or self.write or self.module
+
+    def owns(self, module: str) -> bool:
+        """Whether a module of a layer is one of its projections."""
+        return module in (*self.reads, self.write) or module == self.experts
 
 
 @dataclass(frozen=True)
@@ -76,15 +105,24 @@ class Family:
         final_norm: norm before the output head.
         norms: norms of a layer beside those of its branches, over more than a head (OLMo 2's of all queries).
         norm_offset: 1.0 where the norm multiplies by (1 + weight), as Gemma does.
+        transposed: weights of projections are [inputs, outputs] (GPT-2's Conv1D).
         centred: norms take off the mean first (LayerNorm). What a cut of hidden does to the mean is not made good.
         parallel: all branches of a layer read the stream as it enters the layer.
         residual_scale: config key of a factor on what branches add.
         scaled_embedding: the embedding is multiplied by √hidden, so that a cut of hidden shrinks the stream.
         constraints: names in `CONSTRAINTS`.
-        stored_as: names of tensors outside the layers in a checkpoint, where transformers renames them when it loads.
+        stored_as: tensor → its name in a checkpoint, where that is another than in transformers; of experts several,
+            with * for the number of the expert: what is stacked expert by expert, and joined along the outputs.
+        buffers: names of tensors that are no parameters, but stored.
+        latents: axis → the norm that spans it.
+        ignores_positions: its code makes masks without them, so it must be told where documents end (see `packing`).
         requires: config key → the only value for which the above holds.
         fields: config key of each size.
+        derived: sizes that follow from others: name → formula.
+        cached: formula of the values that a layer keeps of a token while it generates.
         per_layer_fields, layer_count_fields: see `architecture.to_config`.
+        branch_layers: config key → branch: the key lists the layers that have it.
+        fixed: config key → value in every cut model, where layers are counted otherwise.
     """
 
     model_type: str
@@ -97,12 +135,16 @@ class Family:
     layer_prefix: str = "model.layers."
     norms: tuple[str, ...] = ()
     norm_offset: float = 0.0
+    transposed: bool = False
     centred: bool = False
     parallel: bool = False
     residual_scale: str | None = None
     scaled_embedding: bool = False
     constraints: tuple[str, ...] = ("even_head_dim",)
-    stored_as: Mapping[str, str] = field(default_factory=dict)
+    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+    latents: Mapping[str, str] = field(default_factory=dict)
+    ignores_positions: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(
         default_factory=lambda: {
@@ -115,8 +157,12 @@ class Family:
             "vocab": "vocab_size",
         }
     )
+    derived: Mapping[str, str] = field(default_factory=dict)
+    cached: str = "2*kv_heads*head_dim"
     per_layer_fields: tuple[str, ...] = ()
     layer_count_fields: tuple[str, ...] = ()
+    branch_layers: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def split(self, tensor: str) -> tuple[int | None, str]:
         """`model.layers.3.mlp.up_proj.weight` → (3, `mlp.up_proj.weight`); outside the layers → (None, name)."""
@@ -134,10 +180,20 @@ class Family:
         weight = rules.get(name.removesuffix(".bias") + ".weight")
         return weight[:1] if weight and name.endswith(".bias") else None
 
+    def sizes(self, formulas: Iterable[str]) -> set[str]:
+        """The sizes of a model whose weights have these dimensions. Without experts in any layer there are none to cut,
+        though the config has a number of them; so it is with a dense layer's neurons."""
+        used = {name for formula in formulas for name in dims.names(formula)}
+        used |= {"layers", "heads", "kv_heads"} | ({"top_k"} if "experts" in used else set())
+        return used | self.fields.keys() - AXES.keys()
+
+    def outputs(self, projection: str) -> str:
+        """Formula of a layer's projection's outputs."""
+        return self.layer_weights[f"{projection}.weight"][-1 if self.transposed else 0]
+
     def illegal(self, architecture: Architecture) -> list[str]:
         """Why this architecture may not be built; empty if it may."""
         rules = (*ALWAYS, *(CONSTRAINTS[name] for name in self.constraints))
-        # A broken basic rule (a size of zero) would make later ones divide by zero.
-        if min(architecture.axes().values()) < 1:
-            return [ALWAYS[1][1]]
+        if min(architecture.axes().values()) < 1:  # later rules would divide by zero
+            return ["every size must be at least 1"]
         return [why for holds, why in rules if not holds(architecture)]

@@ -50,7 +50,7 @@ FAMILY = Family(
     parallel=True,
     constraints=("multi_head", "hidden_is_heads", "heads_divide_hidden"),
     requires={"use_parallel_residual": True},
-    stored_as={"lm_head.weight": "embed_out.weight"},
+    stored_as={"lm_head.weight": ("embed_out.weight",)},
     fields={
         "layers": "num_hidden_layers",
         "hidden": "hidden_size",

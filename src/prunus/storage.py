@@ -1,0 +1,131 @@
+"""Which tensors of a checkpoint's files make up which tensor of the model, and back: names may differ, and experts that
+the model holds as one tensor lie apart in the files.
+
+Shapes: E experts, O outputs and K inputs of a projection.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunus import weights
+from prunus.families import Family
+from prunus.weights import Entry, Parts
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of the model lies.
+
+    Attributes:
+        places: of each expert those whose rows, one behind the other, are its own; or a single one.
+        stacked: a dimension for the experts goes ahead of the others.
+    """
+
+    places: tuple[tuple[Place, ...], ...]
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.places[0]
+        if not self.stacked:
+            return first[0].shape
+        return (len(self.places), sum(place.shape[0] for place in first), *first[0].shape[1:])
+
+    def moved(self, folder: Path) -> Stored:
+        """The same, after its files were moved to a folder."""
+        moved = (tuple(replace(place, file=folder / place.file.name) for place in expert) for expert in self.places)
+        return Stored(tuple(moved), self.stacked)
+
+    def parts(self) -> Parts:
+        """To be read; an expert at a time, or some rows."""
+        own = [[weights.stored(place.file, place.name) for place in expert] for expert in self.places]
+        if not self.stacked:
+            return own[0][0]
+        return Parts(self.shape, own[0][0].dtype, lambda: (_joined(expert)[None] for expert in own))
+
+
+def _joined(expert: list[Parts]) -> Tensor:
+    return torch.cat([piece.whole() for piece in expert])
+
+
+def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
+    """Tensors of the model by name, in the order of their first places.
+
+    Raises:
+        KeyError: an expert lacks a tensor that others have; its argument says which.
+    """
+    whole: dict[str, Stored] = {}
+    apart: dict[str, dict[tuple[int, int], Place]] = {}
+    for place in found:
+        layer, local = family.split(place.name)
+        own, number, expert = _origin(family, local)
+        name = own if layer is None else f"{family.layer_prefix}{layer}.{own}"
+        if expert is None:
+            whole[name] = Stored(((place,),), stacked=False)
+        else:
+            whole.setdefault(name, Stored((), stacked=True))  # its place in the order
+            apart.setdefault(name, {})[expert, number] = place
+    return whole | {name: _stack(family, name, places) for name, places in apart.items()}
+
+
+def _stack(family: Family, name: str, places: Mapping[tuple[int, int], Place]) -> Stored:
+    layer, local = family.split(name)
+    names = family.stored_as[local]
+    count = 1 + max(expert for expert, _ in places)
+    for expert in range(count):
+        for number, pattern in enumerate(names):
+            if (expert, number) not in places:
+                raise KeyError(f"{family.layer_prefix}{layer}.{pattern.replace('*', str(expert))}")
+    return Stored(tuple(tuple(places[expert, n] for n in range(len(names))) for expert in range(count)), stacked=True)
+
+
+def _origin(family: Family, local: str) -> tuple[str, int, int | None]:
+    """The model's name of a tensor, its number among those that are joined, and its expert."""
+    for own, names in family.stored_as.items():
+        for number, pattern in enumerate(names):
+            if match := _compiled(pattern).fullmatch(local):
+                return own, number, int(match[1]) if match.groups() else None
+    return local, 0, None
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+
+
+def scattered(family: Family, tensors: Mapping[str, Parts]) -> list[Entry]:
+    """The model's tensors as they are written."""
+    return [_entry(family, name, tensor) for name, tensor in tensors.items()]
+
+
+def _entry(family: Family, name: str, tensor: Parts) -> Entry:
+    layer, local = family.split(name)
+    prefix = "" if layer is None else f"{family.layer_prefix}{layer}."
+    names = [prefix + pattern for pattern in family.stored_as.get(local, (local,))]
+    if "*" not in names[0]:
+        return weights.entry(names[0], tensor)
+    count, outputs, *rest = tensor.shape
+    shape = (outputs // len(names), *rest)
+    shapes = {name.replace("*", str(expert)): shape for expert in range(count) for name in names}
+
+    def read() -> Iterator[Tensor]:
+        return (piece for part in tensor.read() for expert in part for piece in expert.chunk(len(names)))
+
+    return Entry(shapes, tensor.dtype, read)
