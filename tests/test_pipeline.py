@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, WORDS, make_text, small_flags
+from conftest import SMALL, WORDS, add_tokenizer, make_text, small_flags, tiny_model
 from transformers import AutoModelForCausalLM
 
 from prunus import hardware, recipe
 from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadOutput
+from prunus.families import family_of
 from prunus.pipeline import compress
 from prunus.run import OUTPUTS
 from prunus.text import batch_indices
@@ -47,6 +48,21 @@ def test_the_page_and_the_card_are_written(run):
     assert "Distilled" in (run.root / "report.html").read_text()
     assert (run.root / "4-distilled" / "README.md").read_text().startswith("---\n")
     assert (run.root / "4-distilled" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_layers_of_several_kinds_go_through_all_stages(family, corpus, tmp_path):
+    teacher = tiny_model(family, tmp_path / "model")
+    add_tokenizer(teacher.folder)
+    made = compress(make_recipe(teacher.folder, corpus, tmp_path / "run", search={"candidates": 1, "tolerance": 0.05}))
+    report = json.loads((made.root / "5-report.json").read_text())
+    student = load(made.root / "4-distilled")
+    assert report["budget"]["planned"] == report["budget"]["counted"] == student.parameters
+    assert set(report["student"]["architecture"]) == set(teacher.architecture)
+    for name in student.stored:  # what is no parameter is not trained
+        if family_of(family).split(name)[1] in family_of(family).buffers:
+            assert torch.equal(student.tensor(name), load(made.root / "3-pruned").tensor(name))
+    assert "experts" in (made.root / "report.html").read_text()
 
 
 def test_a_second_call_changes_nothing(run):

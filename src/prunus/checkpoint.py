@@ -269,6 +269,8 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
         checks.tied(name, family, stored)
         stored.pop(f"{family.head}.weight", None)
     sizes = architecture.from_config(config.to_dict(), family.fields, family.derived)
+    if family.further_layers:
+        stored = {tensor: place for tensor, place in stored.items() if (family.split(tensor)[0] or 0) < sizes.layers}
     checks.rules(name, family, sizes, stored)
     layout = cost.layout(family, stored)
     sizes = sizes.only(family.sizes(formula for formulas in layout.values() for formula in formulas))

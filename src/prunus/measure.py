@@ -121,7 +121,7 @@ def _collect(
     signals = _stacked([{n: r.total for n, r in layer.reducers.items() if n not in norms} for layer in passes], dim=2)
     energies = _stacked([layer.energies for layer in passes])
     sums = _stacked([{"cosine": layer.cosine, **layer.sums} for layer in passes])
-    latents = {f"energy/{axis}": energies[norm] for axis, norm in family.latents.items() if norm in energies}
+    latents = {f"energy/{axis}": energies[norm].clone() for axis, norm in family.latents.items() if norm in energies}
     sites = {site for branch in family.branches for site in (branch.norm, branch.post_norm)}
     hidden = sum((energy.sum(0) for site, energy in energies.items() if site in sites), start=final_energy.cpu())
     return Statistics(

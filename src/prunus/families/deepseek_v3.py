@@ -64,5 +64,7 @@ FAMILY = Family(
     derived={"shared_ffn": "shared_experts*expert_ffn"},
     cached="kv_rank + rope_dim",
     layer_count_fields=("first_k_dense_replace",),
+    further_layers=True,
+    fixed={"num_nextn_predict_layers": 0},
     stored_as=STORED_EXPERTS,
 )

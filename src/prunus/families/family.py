@@ -115,6 +115,8 @@ class Family:
             with * for the number of the expert: what is stacked expert by expert, and joined along the outputs.
         buffers: names of tensors that are no parameters, but stored.
         latents: axis → the norm that spans it.
+        further_layers: layers beyond the last may be stored, which predict further tokens; transformers does not load
+            them, and they are left out.
         ignores_positions: its code makes masks without them, so it must be told where documents end (see `packing`).
         requires: config key → the only value for which the above holds.
         fields: config key of each size.
@@ -144,6 +146,7 @@ class Family:
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     latents: Mapping[str, str] = field(default_factory=dict)
+    further_layers: bool = False
     ignores_positions: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(

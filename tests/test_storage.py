@@ -1,0 +1,62 @@
+"""Experts that lie apart in the files are one tensor of the model, and the other way round."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+
+from prunus import storage, weights
+from prunus.checkpoint import Checkpoint, load
+from prunus.errors import BadCheckpoint, UnsupportedModel
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Checkpoint:
+    return tiny_model("deepseek_v3", tmp_path / "model")
+
+
+def rewritten(mixture: Checkpoint, **changes: torch.Tensor | None) -> Path:
+    """Its folder, after tensors were changed, added or taken out."""
+    file = mixture.folder / "model.safetensors"
+    tensors = {name: value for name, value in (load_file(file) | changes).items() if value is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return mixture.folder
+
+
+def test_experts_are_joined_as_transformers_joins_them(mixture):
+    model, stored = mixture.module(), load_file(mixture.folder / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(mixture.tensor(name), value)
+    fused = mixture.tensor("model.layers.2.mlp.experts.gate_up_proj")
+    gate, up = (stored[f"model.layers.2.mlp.experts.3.{half}_proj.weight"] for half in ("gate", "up"))
+    assert torch.equal(fused[3], torch.cat([gate, up]))
+
+
+def test_what_is_written_lies_apart_again(mixture, tmp_path):
+    (tmp_path / "out").mkdir()
+    weights.write(tmp_path / "out", storage.scattered(mixture.family, dict(mixture.tensors())))
+    before, after = (load_file(folder / "model.safetensors") for folder in (mixture.folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("half", ["gate", "down"])
+def test_an_expert_without_one_of_its_tensors(mixture, half):
+    name = f"model.layers.2.mlp.experts.3.{half}_proj.weight"
+    with pytest.raises(BadCheckpoint, match=f"it lacks {name}; download it again"):
+        load(rewritten(mixture, **{name: None}))
+
+
+def test_fewer_experts_than_the_config_says(mixture):
+    last = {f"model.layers.2.mlp.experts.5.{part}_proj.weight": None for part in ("gate", "up", "down")}
+    with pytest.raises(BadCheckpoint, match=r"experts\.\S+ has shape \[5, .*which config.json .*contradicts"):
+        load(rewritten(mixture, **last))
+
+
+def test_layers_that_predict_further_tokens_are_left_out(mixture):
+    opened = load(rewritten(mixture, **{"model.layers.4.eh_proj.weight": torch.zeros(48, 96)}))
+    assert opened.stored.keys() == mixture.stored.keys()
+    with pytest.raises(UnsupportedModel, match=r"no rule for 1 tensors, such as 'model\.layers\.3\.eh_proj"):
+        load(rewritten(mixture, **{"model.layers.3.eh_proj.weight": torch.zeros(48, 96)}))
