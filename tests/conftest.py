@@ -9,6 +9,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import prunus as pr
 from prunus import checks, cli
 from prunus.checkpoint import Checkpoint
-from prunus.families import known_families
+from prunus.families import family_of, known_families
+from prunus.families._decoder import FIELDS
 
 SIZES = {
     "num_hidden_layers": 4,
@@ -60,8 +62,15 @@ OWN = {
     "qwen2_moe": {"mlp_only_layers": [1]},
     "olmoe": {"num_key_value_heads": 3},
     "deepseek_v3": {"num_key_value_heads": 6, "head_dim": 4},
+    "falcon": {"new_decoder_architecture": True},
+    "gptj": {"rotary_dim": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
 }  # fmt: skip
+VARIANTS = {
+    "falcon, multi-query": {"new_decoder_architecture": False},
+    "falcon, one norm": {"num_ln_in_parallel_attn": 1},
+}
+"""Values of a type's other variants, by its name and theirs."""
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -85,17 +94,25 @@ class RandomBlocks:
         return self.tokens_NS[indices], positions.expand(len(indices), -1)
 
 
-EPSILONS = dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"), 1e-10)
+EPSILONS = dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 1e-10)
 """Of a norm over few channels 1e-5 is no trifle, and a cut does not scale it."""
 
 
 def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
     """A random model whose activations are of the order of 1, so that no error hides under a norm's epsilon."""
     torch.manual_seed(0)
-    default = AutoConfig.for_model(family)
+    model_type = family.partition(",")[0]
+    default = AutoConfig.for_model(model_type)
     known = default.to_dict().keys() | default.attribute_map.keys()
     own = {key: value for key, value in {**EPSILONS, **EXPERTS}.items() if key in known}
-    config = AutoConfig.for_model(family, **SIZES | own | OWN.get(family, {}) | changes)
+    values = SIZES | own | OWN.get(model_type, {}) | VARIANTS.get(family, {}) | changes
+    fields = family_of(model_type, SimpleNamespace(**default.to_dict() | values)).fields
+    for size, usual in FIELDS.items():  # by the names that the family has for them
+        if size not in fields or fields[size] not in FIELDS.values():
+            value, own_name = values.pop(usual), fields.get(size)
+            if own_name in known and not (size == "kv_heads" and own_name == fields["heads"]):
+                values[own_name] = value
+    config = AutoConfig.for_model(model_type, **values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -160,7 +177,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text(tmp_path_factory.mktemp("corpus") / "text.jsonl", 400, seed=0)
 
 
-@pytest.fixture(scope="session", params=known_families())
+@pytest.fixture(scope="session", params=[*known_families(), *VARIANTS])
 def family_name(request: pytest.FixtureRequest) -> str:
     return request.param
 

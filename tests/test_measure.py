@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from prunus import experts, hardware
-from prunus.layerwise import branches_of, gram, layers_of
+from prunus.layerwise import Returned, branches_of, gram, layers_of
 from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
 
@@ -126,7 +126,7 @@ def test_leave_one_out_equals_running_the_model_without_each_layer(teacher, bloc
         model = teacher.module()
         layers = layers_of(model)
         if removed is not None:
-            layers[removed].forward = lambda hidden_states, **_: hidden_states
+            layers[removed].forward = lambda hidden_states, *_, **__: hidden_states.as_subclass(Returned)
         with torch.no_grad():
             logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, :-1][mask]
         return float(F.cross_entropy(logits, tokens[:, 1:][mask]))

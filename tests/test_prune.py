@@ -153,7 +153,8 @@ def _centre(tensor: Tensor, teacher: Checkpoint, name: str, hidden: Tensor) -> N
     """What is written to the stream with a mean of zero over the kept channels: a LayerNorm then sees nothing of the
     dropped ones, as an RMSNorm sees nothing of zeros."""
     local = teacher.family.split(name)[1].rsplit(".", 1)[0]
-    writes = {branch.write for branch in teacher.family.branches} | {teacher.family.embedding}
+    outer = {name.removesuffix(".weight") for name in teacher.family.outer_weights} - {teacher.family.head}
+    writes = {branch.write for branch in teacher.family.branches} | outer - {teacher.family.final_norm}
     for dim, formula in enumerate(teacher.layout[name]):
         if local in writes and formula == "hidden":
             kept = tensor.index_select(dim, hidden)

@@ -80,13 +80,21 @@ class Architecture(Mapping[str, int]):
 
 
 def from_config(
-    config: Mapping[str, Any], fields: Mapping[str, str], derived: Mapping[str, str] | None = None
+    config: Mapping[str, Any],
+    fields: Mapping[str, str],
+    derived: Mapping[str, str] | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> Architecture:
     """Read the sizes from a config; `fields` names the config's key for each size.
 
     Configs written before head_dim was explicit mean hidden / heads.
+
+    Args:
+        derived: see `Architecture`.
+        defaults: formulas of sizes that a config need not give.
     """
     sizes = {size: int(config[key]) for size, key in fields.items() if config.get(key) is not None}
+    sizes |= {size: dims.size(rule, sizes) for size, rule in (defaults or {}).items() if size not in sizes}
     return Architecture(derived, **{"head_dim": sizes["hidden"] // sizes["heads"]} | sizes)
 
 

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from prunus import architecture, checks, cost, hardware, packing, storage, weights
+from prunus import checks, cost, hardware, packing, storage, weights
 from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, family_of
@@ -134,7 +134,7 @@ def from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """A transformers model with random weights, in evaluation mode."""
     with _quiet():
         model = AutoModelForCausalLM.from_config(without_dropout(config), dtype=dtype)
-    if family_of(config.model_type).ignores_positions:
+    if family_of(config.model_type, config).ignores_positions:
         packing.separate(model)
     return model.eval()
 
@@ -243,7 +243,7 @@ def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) ->
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Parts]) -> None:
-    weights.write(folder, storage.scattered(family_of(config.model_type), tensors))
+    weights.write(folder, storage.scattered(family_of(config.model_type, config), tensors))
     config.save_pretrained(folder)
 
 
@@ -253,9 +253,10 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     try:
         raw = json.loads((folder / "config.json").read_text())
         checks.readable(name, raw)
-        family = family_of(raw.get("model_type", ""))
+        family_of(raw.get("model_type", ""))
         with _quiet():
             config = AutoConfig.from_pretrained(folder)
+        family = family_of(config.model_type, config)
     except (ValueError, AttributeError, OSError, StrictDataclassError) as error:
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {' '.join(str(error).split())}") from error
     checks.variant(name, family, config)
@@ -268,7 +269,7 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     if config.tie_word_embeddings:
         checks.tied(name, family, stored)
         stored.pop(f"{family.head}.weight", None)
-    sizes = architecture.from_config(config.to_dict(), family.fields, family.derived)
+    sizes = family.architecture(config.to_dict())
     if family.further_layers:
         stored = {tensor: place for tensor, place in stored.items() if (family.split(tensor)[0] or 0) < sizes.layers}
     checks.rules(name, family, sizes, stored)

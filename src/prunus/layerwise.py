@@ -48,6 +48,13 @@ class _Reached(Exception):
     pass
 
 
+class Returned(Tensor):
+    """What a layer returns, whether the model takes it as it is or as the first of a tuple."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
+
+
 class _Recorder(nn.Module):
     """Stands in for a layer: keeps what the layer would have been called with."""
 
@@ -64,8 +71,8 @@ class _Recorder(nn.Module):
         called = self.signature.bind(*args, **inputs).arguments
         called |= called.pop("kwargs", {})
         (_, stream_BSH), *others = called.items()
-        self.stream_BSH, self.inputs = stream_BSH, dict(others)
-        return stream_BSH
+        self.stream_BSH, self.inputs = stream_BSH.as_subclass(Tensor), dict(others)
+        return stream_BSH.as_subclass(Returned)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -68,7 +68,8 @@ def cut(
         if layer is not None and layer not in student_layer:
             continue
         number = student_layer.get(layer, 0) if layer is not None else 0
-        if head_residuals and local.startswith(family.branches[0].reads[0]):
+        leave_groups = target.heads * source.kv_heads < source.heads * target.kv_heads
+        if head_residuals and leave_groups and local.startswith(family.branches[0].reads[0]):
             queries = dims.owner(teacher.layout[name][0], source, "heads") >= 0
             tensor = _with_head_residuals(tensor, queries, scores["heads"][layer], source, target)
         indices = [kept.index(formula, number, source) for formula in teacher.layout[name]]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunus import experts, hardware, layerwise, repair
-from prunus.architecture import Architecture, from_config
+from prunus.architecture import Architecture
 from prunus.families import Branch, Family
 from prunus.layerwise import TokenBlocks
 from prunus.selection import Kept
@@ -229,7 +229,7 @@ class _TeacherWalk:
         self.family, self.kept, self.batches = family, kept, batches
         self.added_scale = getattr(teacher.config, family.residual_scale) if family.residual_scale else 1.0
         self.layers = layerwise.layers_of(teacher)
-        self.sizes = from_config(teacher.config.to_dict(), family.fields, family.derived)
+        self.sizes = family.architecture(teacher.config.to_dict())
         self.done = 0
 
     def next_layer(self, number: int) -> tuple[nn.Module, dict[str, _Seen]]:

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -73,8 +74,11 @@ def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
     """
     whole: dict[str, Stored] = {}
     apart: dict[str, dict[tuple[int, int], Place]] = {}
+    prefix = _missing_prefix(family, found)
     for place in found:
-        layer, local = family.split(place.name)
+        layer, local = family.split(prefix + place.name)
+        if any(fnmatch(local, pattern) for pattern in family.unread):
+            continue
         own, number, expert = _origin(family, local)
         name = own if layer is None else f"{family.layer_prefix}{layer}.{own}"
         if expert is None:
@@ -83,6 +87,13 @@ def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
             whole.setdefault(name, Stored((), stacked=True))  # its place in the order
             apart.setdefault(name, {})[expert, number] = place
     return whole | {name: _stack(family, name, places) for name, places in apart.items()}
+
+
+def _missing_prefix(family: Family, found: list[Place]) -> str:
+    """What a checkpoint of the body alone, without the head, leaves out of every name."""
+    prefix = f"{family.embedding.partition('.')[0]}."
+    bare = any(prefix + place.name == f"{family.embedding}.weight" for place in found)
+    return prefix if bare else ""
 
 
 def _stack(family: Family, name: str, places: Mapping[tuple[int, int], Place]) -> Stored:

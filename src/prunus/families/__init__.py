@@ -16,9 +16,11 @@ def known_families() -> list[str]:
     return sorted(name for name in names if not name.startswith("_") and name != "family")
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, config: object = None) -> Family:
     """The family of a model type.
 
+    Args:
+        config: which of several variants is meant; the first one where none or no other fits.
     Raises:
         UnsupportedModel: no file describes it. Never treated as "probably Llama".
     """
@@ -27,4 +29,6 @@ def family_of(model_type: str) -> Family:
             f"model type {model_type!r} is not supported, because no family file says which of its weights carry which "
             f"axis. Known: {', '.join(known_families())}."
         )
-    return importlib.import_module(f"prunus.families.{model_type}").FAMILY
+    module = importlib.import_module(f"prunus.families.{model_type}")
+    variants: tuple[Family, ...] = getattr(module, "VARIANTS", None) or (module.FAMILY,)
+    return next((variant for variant in variants if variant.fits(config)), variants[0])

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunus import dims
-from prunus.architecture import AXES, Architecture
+from prunus.architecture import AXES, Architecture, from_config
 
 CONSTRAINTS = {
     "heads_divide_hidden": (
@@ -121,6 +121,8 @@ class Family:
         requires: config key → the only value for which the above holds.
         fields: config key of each size.
         derived: sizes that follow from others: name → formula.
+        defaults: formulas of sizes that a config need not give.
+        unread: patterns of names in a checkpoint that transformers does not read, such as buffers of old.
         cached: formula of the values that a layer keeps of a token while it generates.
         per_layer_fields, layer_count_fields: see `architecture.to_config`.
         branch_layers: config key → branch: the key lists the layers that have it.
@@ -161,6 +163,8 @@ class Family:
         }
     )
     derived: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     cached: str = "2*kv_heads*head_dim"
     per_layer_fields: tuple[str, ...] = ()
     layer_count_fields: tuple[str, ...] = ()
@@ -182,6 +186,14 @@ class Family:
             return rules[name]
         weight = rules.get(name.removesuffix(".bias") + ".weight")
         return weight[:1] if weight and name.endswith(".bias") else None
+
+    def fits(self, config: object) -> bool:
+        """Whether a config has what is required."""
+        return all(getattr(config, key, value) == value for key, value in self.requires.items())
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        """The sizes in a config."""
+        return from_config(config, self.fields, self.derived, self.defaults)
 
     def sizes(self, formulas: Iterable[str]) -> set[str]:
         """The sizes of a model whose weights have these dimensions. Without experts in any layer there are none to cut,
