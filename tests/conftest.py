@@ -54,6 +54,14 @@ EXPERTS = {
     "first_k_dense_replace": 1,
 }
 """Config values of mixtures of experts and of latent attention, where a family knows them."""
+MAMBA = {
+    "mamba_n_heads": 12,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
 OWN = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -62,11 +70,21 @@ OWN = {
     "qwen2_moe": {"mlp_only_layers": [1]},
     "olmoe": {"num_key_value_heads": 3},
     "deepseek_v3": {"num_key_value_heads": 6, "head_dim": 4},
+    "mamba2": {"num_heads": 12, "n_groups": 2, "state_size": 8, "chunk_size": 16},
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8,
+        "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16, "moe_shared_expert_intermediate_size": 28,
+    },
     "falcon": {"new_decoder_architecture": True},
     "gptj": {"rotary_dim": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
 }  # fmt: skip
 VARIANTS = {
+    "granitemoehybrid, dense": {"num_local_experts": 0},
+    "falcon_h1, without a norm": {"mamba_rms_norm": False},
     "falcon, multi-query": {"new_decoder_architecture": False},
     "falcon, one norm": {"num_ln_in_parallel_attn": 1},
 }
@@ -108,7 +126,7 @@ def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
     values = SIZES | own | OWN.get(model_type, {}) | VARIANTS.get(family, {}) | changes
     fields = family_of(model_type, SimpleNamespace(**default.to_dict() | values)).fields
     for size, usual in FIELDS.items():  # by the names that the family has for them
-        if size not in fields or fields[size] not in FIELDS.values():
+        if usual not in fields.values() and usual in values:
             value, own_name = values.pop(usual), fields.get(size)
             if own_name in known and not (size == "kv_heads" and own_name == fields["heads"]):
                 values[own_name] = value

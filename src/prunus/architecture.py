@@ -19,6 +19,9 @@ AXES = {
     "expert_ffn": "neurons per expert",
     "shared_ffn": "neurons of the expert that sees every token",
     "top_k": "experts that a token is sent to",
+    "mamba_heads": "heads of a Mamba layer",
+    "mamba_head_dim": "channels of a Mamba head",
+    "state": "values that a Mamba layer keeps of each channel",
     "q_rank": "channels of the latent that queries are made from",
     "kv_rank": "channels of the latent that keys and values are made from, which is what the cache holds",
 }
@@ -95,7 +98,9 @@ def from_config(
     """
     sizes = {size: int(config[key]) for size, key in fields.items() if config.get(key) is not None}
     sizes |= {size: dims.size(rule, sizes) for size, rule in (defaults or {}).items() if size not in sizes}
-    return Architecture(derived, **{"head_dim": sizes["hidden"] // sizes["heads"]} | sizes)
+    if "head_dim" not in sizes and "heads" in sizes:
+        sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
+    return Architecture(derived, **sizes)
 
 
 def to_config(

@@ -42,7 +42,7 @@ class Budget:
         if not self.bytes_per_value:
             return weights
         cache = MEMORY_CONTEXT * cost.kv_bytes_per_token(
-            self.family, architecture, bytes_per_value=self.bytes_per_value
+            self.family, self.shapes, architecture, bytes_per_value=self.bytes_per_value
         )
         return weights * self.bytes_per_value + cache
 

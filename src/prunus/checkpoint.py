@@ -269,7 +269,7 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     if config.tie_word_embeddings:
         checks.tied(name, family, stored)
         stored.pop(f"{family.head}.weight", None)
-    sizes = family.architecture(config.to_dict())
+    sizes = family.architecture(config)
     if family.further_layers:
         stored = {tensor: place for tensor, place in stored.items() if (family.split(tensor)[0] or 0) < sizes.layers}
     checks.rules(name, family, sizes, stored)

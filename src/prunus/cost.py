@@ -119,10 +119,13 @@ def flops_per_token(family: Family, tensors: Layout, architecture: Architecture,
     """Multiply-adds × 2 of one token's forward pass; attention over `context` earlier tokens included."""
     groups = count(shapes(family, tensors), architecture, active=True)
     head = groups.get("head") or architecture.vocab * architecture.hidden
-    attention = 2 * architecture.layers * architecture.heads * architecture.head_dim * context
+    layers = len(branch_layers(family, tensors).get("attention", [])[: architecture.layers])
+    attention = 2 * layers * architecture.get("heads", 0) * architecture.get("head_dim", 0) * context
     return 2 * (sum(groups.get(branch.name, 0) for branch in family.branches) + head + attention)
 
 
-def kv_bytes_per_token(family: Family, architecture: Architecture, *, bytes_per_value: int = 2) -> int:
-    """Of the cache that generation keeps."""
-    return architecture.layers * dims.size(family.cached, architecture) * bytes_per_value
+def kv_bytes_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, bytes_per_value: int = 2) -> int:
+    """Of the cache that generation keeps; what Mamba layers keep does not grow with the tokens."""
+    having = [any(part == "attention" for part, _ in kind) for kind in shapes.kinds]
+    layers = sum(having[kind] for kind in shapes.order[: architecture.layers])
+    return layers * dims.size(family.cached, architecture) * bytes_per_value if layers else 0

@@ -24,6 +24,9 @@ DEFAULTS = {
     "experts": "reap",
     "expert_ffn": "output",
     "shared_ffn": "reconstruction",
+    "mamba_heads": "output",
+    "mamba_head_dim": "energy",
+    "state": "magnitude",
     "q_rank": "energy",
     "kv_rank": "energy",
     "aggregation": "l2:mean",
@@ -84,8 +87,8 @@ def reconstruction(stats: Statistics, axis: str, aggregation: str) -> Tensor:
 
 
 def head_output(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """[L, A]: ‖Attn(XW_q, XW_k, XW_v)‖₂ per head. Source: Minitron, arXiv:2407.14679, sec. 2.2."""
-    return aggregate(stats.reductions["output/heads"], stats.num_blocks, aggregation)
+    """[L, A]: ‖Attn(XW_q, XW_k, XW_v)‖₂ per head; likewise of Mamba. Source: Minitron, arXiv:2407.14679, sec. 2.2."""
+    return aggregate(stats.reductions[f"output/{axis}"], stats.num_blocks, aggregation)
 
 
 def group_sum(stats: Statistics, axis: str, aggregation: str) -> Tensor:
@@ -103,7 +106,8 @@ def _per_group(stats: Statistics, aggregation: str) -> Tensor:
 
 
 def energy(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """[H]: Σ over the norms of E[(x/rms(x))²], the channel's share of what every norm reads; or of a latent [L, C]."""
+    """[H]: Σ over the norms of E[(x/rms(x))²], the channel's share of what every norm reads. [L, C]: the same of a
+    latent's norm; or E[x²] of what a channel of the Mamba heads writes."""
     return stats.sums[f"energy/{axis}"] / stats.num_tokens
 
 
@@ -184,6 +188,9 @@ TABLE: Mapping[str, Mapping[str, Score]] = {
         "random": random,
     },
     "shared_ffn": NEURONS,
+    "mamba_heads": {"output": head_output, "magnitude": magnitude, "random": random},
+    "mamba_head_dim": LATENT,
+    "state": {"magnitude": magnitude, "random": random},
     "q_rank": LATENT,
     "kv_rank": LATENT,
 }

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunus import hardware
 from prunus.families import Branch, Family
@@ -49,7 +50,10 @@ class _Reached(Exception):
 
 
 class Returned(Tensor):
-    """What a layer returns, whether the model takes it as it is or as the first of a tuple."""
+    """What a layer returns, whether the model takes it as it is, as the first of a tuple, or of a pair."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self, None))
 
     def __getitem__(self, index: Any) -> Tensor:
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
@@ -172,8 +176,16 @@ def behind(layer: nn.Module, branch: Branch, written_BSH: Tensor) -> Tensor:
     return layer.get_submodule(branch.post_norm)(written_BSH) if branch.post_norm else written_BSH
 
 
+def added_scale(config: PreTrainedConfig, family: Family, branch: Branch) -> float:
+    """Factor on what a branch adds to the stream."""
+    keys = filter(None, (family.residual_scale, branch.write_scale))
+    return math.prod(getattr(config, key) for key in keys)
+
+
 def _call(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: dict[str, Any]) -> Any:
     module = layer.get_submodule(branch.module)
+    if branch.read_scale:
+        normed_BSH = normed_BSH * getattr(module.config, branch.read_scale)
     return module(hidden_states=normed_BSH, **inputs) if branch.inner == "heads" else module(normed_BSH)
 
 

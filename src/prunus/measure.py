@@ -31,7 +31,9 @@ GRAM_TOKENS = 8192
 """Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
 SOLVED_COLUMNS = 1024
 """Columns of a triangular inverse that are in memory at once."""
-WEIGHED_AXES = ("heads", "kv_heads", "ffn", "shared_ffn", "experts", "q_rank", "kv_rank")
+WEIGHED_AXES = ("heads", "kv_heads", "ffn", "shared_ffn", "experts", "mamba_heads", "mamba_head_dim", "state", "q_rank",
+                "kv_rank")  # fmt: skip
+HEADS = ("heads", "mamba_heads")
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 
@@ -48,7 +50,7 @@ class Statistics:
         sums: "cosine" [L]: Σ cos(layer input, layer output) over tokens. Of experts [L, E], over the tokens that each
             was sent: "tokens/experts" their number, "output/experts" Σ w‖y‖ with the router's weight w and its output
             y, and [L, E, F] "energy/expert_ffn" Σ (w h)² of its neurons h. "energy/hidden" [H]: the energies of all
-            norms of the stream; of latents "energy/" and the axis, [L, C].
+            norms of the stream; of latents "energy/" and the axis, [L, C]; "energy/mamba_head_dim" Σ over heads of x².
             Of the weights, squared norms "weight/" and the axis: [L, C], [H] for hidden, [L, E, F] for expert_ffn; and
             "write/ffn", "write/shared_ffn", "write/expert_ffn" of the columns that write.
         inverse_gram: "ffn", "shared_ffn" → diag of (E[hhᵀ] + λI)⁻¹, [L, F]; empty unless measured with `grams`.
@@ -194,14 +196,18 @@ class _LayerPass:
                 if branch.post_norm:
                     observers[branch.post_norm] = self._see_other_norm(branch.post_norm)
                 if branch.write:
-                    heads = branch.inner == "heads"
-                    observers[branch.write] = self._see_heads if heads else self._see_ffn(branch.inner)
+                    heads = branch.inner in HEADS
+                    observers[branch.write] = (self._see_heads if heads else self._see_ffn)(branch.inner)
                 if branch.gate:
                     observers[branch.gate] = self._see_gate(branch.inner)
                 if branch.experts:
                     module = experts.of(layer, branch.experts)
                     stack.enter_context(experts.observed(module, self._see_expert))
             observers |= {norm: self._see_other_norm(norm) for norm in self.family.norms if layerwise.has(layer, norm)}
+            for norm, groups in self.family.gated_norms.items():
+                if layerwise.has(layer, norm):
+                    gated = layer.get_submodule(norm)
+                    stack.callback(gated.register_forward_hook(self._see_gated(norm, self.sizes[groups])).remove)
             stack.enter_context(layerwise.observe(layer, observers))
             yield
 
@@ -218,9 +224,26 @@ class _LayerPass:
     def _add_energy(self, site: str, x_BSH: Tensor) -> None:
         self.energies[site] = self.energies.get(site, 0) + _energy(x_BSH, centred=self.family.centred)
 
-    def _see_heads(self, inner_BSD: Tensor, _: Tensor) -> None:
-        per_head_BSAD = inner_BSD.unflatten(-1, (self.sizes.heads, -1))
-        self.reducers["output/heads"].add(torch.linalg.vector_norm(per_head_BSAD, dim=-1, dtype=torch.float32))
+    def _see_heads(self, axis: str) -> Callable[[Tensor, Tensor], None]:
+        def see(inner_BSD: Tensor, _: Tensor) -> None:
+            per_head_BSAD = inner_BSD.unflatten(-1, (self.sizes[axis], -1))
+            self.reducers[f"output/{axis}"].add(torch.linalg.vector_norm(per_head_BSAD, dim=-1, dtype=torch.float32))
+            if axis == "mamba_heads":
+                energy_D = per_head_BSAD.float().square().sum((0, 1, 2))
+                self.sums["energy/mamba_head_dim"] = self.sums.get("energy/mamba_head_dim", 0) + energy_D
+
+        return see
+
+    def _see_gated(self, norm: str, groups: int) -> Callable[..., None]:
+        """A norm of x·silu(z), which it norms in groups."""
+
+        def see(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+            x_BSD, gate_BSD = args
+            product = (x_BSD.float() * F.silu(gate_BSD.float())).unflatten(-1, (groups, -1))
+            energies = [_energy(part, centred=False) for part in product.unbind(-2)]
+            self.energies[norm] = self.energies.get(norm, 0) + torch.cat(energies)
+
+        return see
 
     def _see_gate(self, axis: str) -> Callable[[Tensor, Tensor], None]:
         return lambda _, output: self.reducers[f"preactivation/{axis}"].add(self._blocks(output))
@@ -303,7 +326,9 @@ def _weight_norms(teacher: Checkpoint) -> dict[str, Tensor]:
     norms = {f"weight/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in WEIGHED_AXES if axis in sizes}
     norms["weight/hidden"] = torch.zeros(sizes.hidden)
     writes = {
-        f"{branch.write}.weight": branch.inner for branch in family.branches if branch.inner != "heads" and branch.write
+        f"{branch.write}.weight": branch.inner
+        for branch in family.branches
+        if branch.inner not in HEADS and branch.write
     }
     norms |= {f"write/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in set(writes.values()) if axis in sizes}
     if "expert_ffn" in sizes:
@@ -316,7 +341,7 @@ def _weight_norms(teacher: Checkpoint) -> dict[str, Tensor]:
             _add_matrix(norms, squares, formulas, layer, sizes)
             if layer is not None and local in writes:
                 norms[f"write/{writes[local]}"][layer] += squares[formulas.index(writes[local])]
-        elif len(formulas) == 3 and layer is not None:
+        elif formulas[0] == "experts" and len(formulas) == 3 and layer is not None:
             for rows, part in tensor.numbered():
                 _add_experts(norms, part, formulas, layer, rows, sizes, writes=local.endswith(experts.WRITE))
     return norms

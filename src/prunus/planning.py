@@ -173,7 +173,9 @@ def _facts(teacher: Checkpoint, sizes: Architecture) -> dict[str, int]:
         "parameters": parameters,
         "bytes": parameters * teacher.dtype.itemsize,
         "FLOPs per token": cost.flops_per_token(teacher.family, teacher.layout, sizes),
-        "KV bytes per token": cost.kv_bytes_per_token(teacher.family, sizes, bytes_per_value=teacher.dtype.itemsize),
+        "KV bytes per token": cost.kv_bytes_per_token(
+            teacher.family, cost.shapes(teacher.family, teacher.layout), sizes, bytes_per_value=teacher.dtype.itemsize
+        ),
     }
 
 

@@ -63,17 +63,19 @@ def cut(
     kept = select(scores, source, target)
     student_layer = {layer: number for number, layer in enumerate(kept.layers)}
     tensors: dict[str, Parts] = {}
+    queries_of = next((branch.reads[0] for branch in family.branches if branch.inner == "heads"), "")
+    leave_groups = bool(queries_of) and target.heads * source.kv_heads < source.heads * target.kv_heads
     for name, tensor in teacher.tensors():
         layer, local = family.split(name)
         if layer is not None and layer not in student_layer:
             continue
         number = student_layer.get(layer, 0) if layer is not None else 0
-        leave_groups = target.heads * source.kv_heads < source.heads * target.kv_heads
-        if head_residuals and leave_groups and local.startswith(family.branches[0].reads[0]):
+        if head_residuals and leave_groups and local.startswith(queries_of):
             queries = dims.owner(teacher.layout[name][0], source, "heads") >= 0
             tensor = _with_head_residuals(tensor, queries, scores["heads"][layer], source, target)
         indices = [kept.index(formula, number, source) for formula in teacher.layout[name]]
-        then = _correction(family, layer, local, scores, indices[0], kept) if norm_correction else _as_it_is
+        groups = source.get(family.gated_norms.get(local.removesuffix(".weight"), ""), 1)
+        then = _correction(family, layer, local, scores, indices[0], kept, groups) if norm_correction else _as_it_is
         student = name if layer is None else f"{family.layer_prefix}{number}.{local}"
         tensors[student] = weights.cut(tensor, indices, then)
     config = to_config(
@@ -186,7 +188,7 @@ def _as_it_is(part: Tensor) -> Tensor:
 
 
 def _correction(
-    family: Family, layer: int | None, local: str, scores: Scores, index: Tensor | None, kept: Kept
+    family: Family, layer: int | None, local: str, scores: Scores, index: Tensor | None, kept: Kept, groups: int
 ) -> Callable[[Tensor], Tensor]:
     """What scales a norm's weight for the channels that left; other tensors, and uncut norms, stay as they are.
 
@@ -195,6 +197,7 @@ def _correction(
 
     Args:
         index: what stays of the tensor's first dimension.
+        groups: that a gated norm norms apart.
     """
     module = local.removesuffix(".weight")
     share = len(kept.hidden) / scores["hidden"].numel()
@@ -204,8 +207,21 @@ def _correction(
     energy = scores.energy(module, layer)
     if energy is None or index is None or len(index) == len(energy):
         return _as_it_is
+    if module in family.gated_norms:
+        return _gated_correction(energy, index, groups)
     scale = repair.norm_scale(energy, index)
     if any(module == branch.post_norm for branch in family.branches):
         scale *= stream_scale
     offset = family.norm_offset
     return lambda part: ((part.float() + offset) * scale - offset).to(part.dtype)
+
+
+def _gated_correction(energy_D: Tensor, index: Tensor, groups: int) -> Callable[[Tensor], Tensor]:
+    """The same for a norm that norms groups of channels apart: each has its own factor."""
+    kept = index.view(groups, -1)
+    scales = [
+        repair.norm_scale(energy, places - place * len(energy))
+        for place, (energy, places) in enumerate(zip(energy_D.chunk(groups), kept, strict=True))
+    ]
+    factors = torch.tensor(scales).repeat_interleave(kept.shape[1])
+    return lambda part: (part.float() * factors).to(part.dtype)

@@ -54,15 +54,16 @@ def repair_layers(
     walk = _TeacherWalk(teacher, family, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
     scale = math.sqrt(len(kept.hidden) / teacher.config.hidden_size) if family.scaled_embedding else 1.0
-    added_scale = getattr(student.config, family.residual_scale) if family.residual_scale else 1.0
     hidden = torch.tensor(kept.hidden, device=student.device)
     for number, layer in enumerate(layerwise.layers_of(student)):
         source, seen = walk.next_layer(number)
-        entering = [batch.stream_BSH for batch in batches]
+        entering: list[Tensor] = []
         for branch in layerwise.branches_of(layer, family):
+            added_scale = layerwise.added_scale(student.config, family, branch)
             norm, teacher_side = layerwise.norm_of(layer, branch), seen[branch.name]
-            read = entering if family.parallel else [batch.stream_BSH for batch in batches]
-            normed = [norm(stream_BSH) for stream_BSH in read]
+            if not branch.beside:
+                entering = [batch.stream_BSH for batch in batches]
+            normed = [norm(stream_BSH) for stream_BSH in entering]
             if branch.post_norm:  # the norm behind sets the scale, so only the direction counts
                 targets_NK = _flat(teacher_side.written)[:, hidden]
             else:
@@ -227,25 +228,27 @@ class _TeacherWalk:
 
     def __init__(self, teacher: PreTrainedModel, family: Family, kept: Kept, batches: list[layerwise.Batch]) -> None:
         self.family, self.kept, self.batches = family, kept, batches
-        self.added_scale = getattr(teacher.config, family.residual_scale) if family.residual_scale else 1.0
+        self.config = teacher.config
         self.layers = layerwise.layers_of(teacher)
-        self.sizes = family.architecture(teacher.config.to_dict())
+        self.sizes = family.architecture(teacher.config)
         self.done = 0
 
     def next_layer(self, number: int) -> tuple[nn.Module, dict[str, _Seen]]:
         """Run the layer that student layer `number` came from, and those dropped before and behind it."""
         self._skip_to(self.kept.layers[number])
         layer, seen = self.layers[self.done], {}
-        entering = [batch.stream_BSH for batch in self.batches]
+        entering: list[Tensor] = []
         branches = layerwise.branches_of(layer, self.family)
         for branch in branches:
             seen[branch.name] = _Seen([], [], [], [])
+            if not branch.beside:
+                entering = [batch.stream_BSH for batch in self.batches]
+            scale = layerwise.added_scale(self.config, self.family, branch)
             for batch, entering_BSH in zip(self.batches, entering, strict=True):
                 seen[branch.name].before.append(batch.stream_BSH)
-                read_BSH = entering_BSH if self.family.parallel else batch.stream_BSH
-                normed_BSH = layerwise.norm_of(layer, branch)(read_BSH)
+                normed_BSH = layerwise.norm_of(layer, branch)(entering_BSH)
                 written_BSH = layerwise.branch_output(layer, branch, normed_BSH, batch.layer_inputs[self.done])
-                batch.stream_BSH = batch.stream_BSH + layerwise.behind(layer, branch, written_BSH) * self.added_scale
+                batch.stream_BSH = batch.stream_BSH + layerwise.behind(layer, branch, written_BSH) * scale
                 seen[branch.name].normed.append(normed_BSH)
                 seen[branch.name].written.append(written_BSH)
                 seen[branch.name].after.append(batch.stream_BSH)

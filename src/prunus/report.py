@@ -290,10 +290,10 @@ def _pictures(report: Report) -> dict[str, Any]:
 
 def _importance_pictures(report: Report) -> list[pictures.Picture]:
     scores, kept, removed = report["scores"], report["kept"], _removed_layers(report)
-    kept_heads = dict(zip(kept["layers"], kept["heads"], strict=True)) if kept else None
+    kept_heads = dict(zip(kept["layers"], kept["heads"], strict=True)) if kept and kept["heads"] else None
     return [
         pictures.layers(scores["layers"], scores.get("leave_one_out"), removed),
-        pictures.heads(scores["heads"], kept_heads),
+        *([pictures.heads(scores["heads"], kept_heads)] if "heads" in scores else []),
         pictures.hidden(scores["hidden"], kept.get("hidden")),
         *([pictures.ffn(scores["ffn"]["quantiles"], removed)] if "ffn" in scores else []),
     ]

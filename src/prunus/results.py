@@ -181,8 +181,14 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.bytes,
         "parameters_by_group": cost.parameters_by_group(family, tensors, sizes),
         "flops_per_token": cost.flops_per_token(family, tensors, sizes),
-        "kv_bytes_per_token": cost.kv_bytes_per_token(family, sizes, bytes_per_value=checkpoint.dtype.itemsize),
+        "kv_bytes_per_token": kv_bytes_per_token(checkpoint),
     }
+
+
+def kv_bytes_per_token(checkpoint: Checkpoint) -> int:
+    """Of its own type."""
+    shapes, width = cost.shapes(checkpoint.family, checkpoint.layout), checkpoint.dtype.itemsize
+    return cost.kv_bytes_per_token(checkpoint.family, shapes, checkpoint.architecture, bytes_per_value=width)
 
 
 def versions() -> dict[str, str]:
@@ -227,8 +233,7 @@ def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any
         return budget
     if budget["unit"] == "parameters":
         return budget | {"counted": student.parameters}
-    width = student.dtype.itemsize
-    per_token = cost.kv_bytes_per_token(student.family, student.architecture, bytes_per_value=width)
+    width, per_token = student.dtype.itemsize, kv_bytes_per_token(student)
     return budget | {"counted": student.parameters * width + MEMORY_CONTEXT * per_token}
 
 
@@ -253,7 +258,7 @@ def _scores(run: Run) -> dict[str, Any]:
         if "leave_one_out" in run.statistics.sums
         else None,
         "hidden": scores["hidden"].tolist(),
-        "heads": scores["heads"].tolist(),
+        **({"heads": scores["heads"].tolist()} if "heads" in scores.axes else {}),
     } | {
         axis: {"quantiles": torch.quantile(scores[axis], levels, dim=1).T.tolist()}
         for axis in ("ffn",)
@@ -266,7 +271,7 @@ def _kept(run: Run) -> dict[str, Any]:
     return {
         "layers": kept["layers"],
         "hidden": kept["hidden"],
-        "heads": kept["inner"]["heads"],
+        "heads": kept["inner"].get("heads"),
     }
 
 

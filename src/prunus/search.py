@@ -28,6 +28,7 @@ from prunus.selection import illegal_cut
 from prunus.text import Blocks
 
 TOLERANCE = 0.01
+FILLERS = ("ffn", "expert_ffn", "shared_ffn", "mamba_head_dim")
 MOST_COMBINATIONS = 50_000
 """Sizes of an axis are thinned out until no more combinations of them are left to be tried."""
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -147,23 +148,25 @@ def legal_architectures(
 
 def _filler(teacher: Architecture, budget: Budget) -> str:
     """The kind of neurons that holds the most parameters."""
-    kinds = [axis for axis in ("ffn", "expert_ffn", "shared_ffn") if axis in teacher.axes()]
+    kinds = [axis for axis in FILLERS if axis in teacher.axes()]
     return max(kinds, key=lambda axis: budget.cost(teacher) - budget.cost(teacher.replace(**{axis: 1})))
 
 
 def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Architecture]:
     """Legal architectures with the fewest neurons of the kind that fills them up."""
     least = _least(filler, family, teacher)
-    per_group = teacher.heads // teacher.kv_heads
     options = {axis: _options(teacher, axis) for axis in teacher.axes() if axis not in (filler, "heads", "top_k")}
-    options["per_group"] = list(range(per_group, 0, -1))
+    options |= {axis: [teacher[axis]] for axis in family.uncut if axis in options}
+    if "heads" in teacher:
+        options["per_group"] = list(range(teacher.heads // teacher.kv_heads, 0, -1))
     while math.prod(map(len, options.values())) > MOST_COMBINATIONS:
         longest = max(options, key=lambda axis: len(options[axis]))
         options[longest] = options[longest][::2]
     for sizes in itertools.product(*options.values()):
         named = dict(zip(options, sizes, strict=True))
-        heads = named["kv_heads"] * named.pop("per_group")
-        base = teacher.replace(**named, heads=heads, **{filler: least})
+        if "heads" in teacher:
+            named["heads"] = named["kv_heads"] * named.pop("per_group")
+        base = teacher.replace(**named, **{filler: least})
         if not illegal_cut(family, teacher, base):
             yield base
 

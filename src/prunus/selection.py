@@ -15,7 +15,7 @@ from prunus.errors import BudgetUnreachable
 from prunus.families import Family
 from prunus.scores import Scores
 
-PLAIN_AXES = {"ffn", "shared_ffn", "q_rank", "kv_rank"}
+PLAIN_AXES = {"ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state"}
 """Axes of a layer whose parts are chosen one by one."""
 
 
@@ -60,6 +60,9 @@ def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> 
         for axis, size in target.axes().items()
         if size > teacher[axis]
     ]
+    reasons += [
+        f"{axis}={target[axis]}: {why}" for axis, why in family.uncut.items() if target.get(axis) != teacher.get(axis)
+    ]
     reasons += family.illegal(target)
     if not reasons and "heads" in target and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
         reasons.append(
@@ -76,8 +79,15 @@ def check_legal(family: Family, teacher: Architecture, target: Architecture) -> 
 
 
 def ranked_layers(scores: Scores) -> list[int]:
-    """Layers in the order in which they stay; of equals the first."""
-    return torch.argsort(scores["layers"], descending=True, stable=True).tolist()
+    """Layers in the order in which they stay; of equals the first. Where only some have attention one of these stays to
+    the end: transformers' cache counts tokens by it."""
+    order: list[int] = torch.argsort(scores["layers"], descending=True, stable=True).tolist()
+    if "heads" in scores.axes:
+        attends = (scores["heads"] != 0).any(1)
+        first = next((layer for layer in order if attends[layer]), order[0])
+        if not attends.all():
+            order = [first, *(layer for layer in order if layer != first)]
+    return order
 
 
 def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:
@@ -89,6 +99,12 @@ def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:
         inner[axis] = [_top(scores[axis][layer], target[axis]) for layer in layers]
     if "heads" in scores.axes:
         inner |= _heads(scores, layers, teacher, target)
+    if "mamba_heads" in scores.axes:
+        groups = teacher.mamba_groups
+        per_group, keep = teacher.mamba_heads // groups, target.mamba_heads // groups
+        inner["mamba_heads"] = [
+            _grouped(scores["mamba_heads"][layer], range(groups), per_group, keep) for layer in layers
+        ]
     if "experts" in scores.axes:
         inner |= _experts(scores, layers, teacher, target)
     return Kept(layers, _top(scores["hidden"], target.hidden), inner)

@@ -74,9 +74,11 @@ def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
     """
     whole: dict[str, Stored] = {}
     apart: dict[str, dict[tuple[int, int], Place]] = {}
+    here, stored = family.stored_prefix
     prefix = _missing_prefix(family, found)
     for place in found:
-        layer, local = family.split(prefix + place.name)
+        name = here + place.name.removeprefix(stored) if place.name.startswith(stored) else place.name
+        layer, local = family.split(prefix + name)
         if any(fnmatch(local, pattern) for pattern in family.unread):
             continue
         own, number, expert = _origin(family, local)
@@ -129,7 +131,9 @@ def scattered(family: Family, tensors: Mapping[str, Parts]) -> list[Entry]:
 def _entry(family: Family, name: str, tensor: Parts) -> Entry:
     layer, local = family.split(name)
     prefix = "" if layer is None else f"{family.layer_prefix}{layer}."
+    here, stored = family.stored_prefix
     names = [prefix + pattern for pattern in family.stored_as.get(local, (local,))]
+    names = [stored + each.removeprefix(here) if each.startswith(here) else each for each in names]
     if "*" not in names[0]:
         return weights.entry(names[0], tensor)
     count, outputs, *rest = tensor.shape

@@ -109,3 +109,42 @@ def with_shared_expert(branch: Branch, module: str) -> Branch:
         inner="shared_ffn",
         gate=f"{module}.gate_proj",
     )
+
+
+def mamba_weights(module: str) -> Weights:
+    """Weights of a Mamba-2 layer: z, x, B, C and dt come from one projection, x, B and C go through one convolution."""
+    convolved = "mamba_heads*mamba_head_dim + 2*mamba_groups*state"
+    return {
+        f"{module}.in_proj.weight": (f"mamba_heads*mamba_head_dim + {convolved} + mamba_heads", "hidden"),
+        f"{module}.conv1d.weight": (convolved, "1", "convolution"),
+        f"{module}.conv1d.bias": (convolved,),
+        f"{module}.dt_bias": ("mamba_heads",),
+        f"{module}.A_log": ("mamba_heads",),
+        f"{module}.D": ("mamba_heads",),
+        f"{module}.norm.weight": ("mamba_heads*mamba_head_dim",),
+        f"{module}.out_proj.weight": ("hidden", "mamba_heads*mamba_head_dim"),
+    }
+
+
+def mamba(module: str, norm: str) -> Branch:
+    """The branch of such a layer."""
+    return Branch(
+        name="mamba",
+        module=module,
+        norm=norm,
+        reads=(f"{module}.in_proj",),
+        write=f"{module}.out_proj",
+        inner="mamba_heads",
+    )
+
+
+def mamba_fields(heads: str, head_dim: str, state: str, groups: str, convolution: str, **others: str) -> dict[str, str]:
+    """Config key of each size of such a layer."""
+    return {
+        "mamba_heads": heads,
+        "mamba_head_dim": head_dim,
+        "state": state,
+        "mamba_groups": groups,
+        "convolution": convolution,
+        **others,
+    }

@@ -11,8 +11,7 @@ FAMILY = Family(
     model_type="cohere2",
     layer_weights=PROJECTIONS | NORM,
     outer_weights=OUTER_WEIGHTS,
-    branches=(ATTENTION, dataclasses.replace(FFN, norm="input_layernorm")),
+    branches=(ATTENTION, dataclasses.replace(FFN, norm="input_layernorm", beside=True)),
     centred=True,
-    parallel=True,
     per_layer_fields=("layer_types",),
 )

@@ -42,12 +42,12 @@ GROUPED = Family(
             write="mlp.dense_4h_to_h",
             inner="ffn",
             gate="mlp.dense_h_to_4h",
+            beside=True,
         ),
     ),
     embedding="transformer.word_embeddings",
     final_norm="transformer.ln_f",
     centred=True,
-    parallel=True,
     ignores_positions=True,
     constraints=("hidden_is_heads", "heads_divide_hidden", "even_head_dim"),
     requires={"new_decoder_architecture": True, "alibi": False},
@@ -78,7 +78,7 @@ ONE_NORM = dataclasses.replace(
     GROUPED,
     layer_weights=PROJECTIONS | {"input_layernorm.weight": ("hidden",)},
     branches=MULTI_QUERY.branches,
-    requires=GROUPED.requires | {"num_ln_in_parallel_attn": 1},
+    requires={**GROUPED.requires, "num_ln_in_parallel_attn": 1},
 )
 
 VARIANTS = (ONE_NORM, GROUPED, MULTI_QUERY)

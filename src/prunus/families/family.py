@@ -32,6 +32,10 @@ CONSTRAINTS = {
         lambda a: a.heads == a.kv_heads,
         "kv_heads must equal heads (every head has its own keys and values), so both are cut together",
     ),
+    "mamba_is_expand": (
+        lambda a: "mamba_heads" not in a or a.mamba_heads * a.mamba_head_dim == a.expand * a.hidden,
+        "mamba_heads × mamba_head_dim must be expand × hidden, so they are cut together",
+    ),
     "even_head_dim": (lambda a: a.head_dim % 2 == 0, "head_dim must be even (rotary embedding)"),
     "aligned_experts": (
         lambda a: "experts" not in a or (a.hidden % 8 == 0 and a.expert_ffn % 8 == 0),
@@ -49,8 +53,15 @@ CONSTRAINTS = {
 """Legality rules that a family can name, beside the ones that hold for all."""
 
 ALWAYS = (
-    (lambda a: a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads (every group serves the same number)"),
+    (
+        lambda a: "heads" not in a or a.heads % a.kv_heads == 0,
+        "heads must be a multiple of kv_heads (every group serves the same number)",
+    ),
     (lambda a: "top_k" not in a or a.top_k <= a.experts, "top_k must not be more than the experts"),
+    (
+        lambda a: "mamba_heads" not in a or a.mamba_heads % a.mamba_groups == 0,
+        "mamba_heads must be a multiple of the groups that share a state's inputs",
+    ),
 )
 
 
@@ -64,11 +75,13 @@ class Branch:
         norm: the norm through which the stream is read; None where it is read as it is (OLMo 2).
         reads: projections applied to the norm's output.
         write: projection whose output is added to the stream; None where experts alone write.
-        inner: axis of the write's input: "heads", "ffn" or "shared_ffn".
+        inner: axis of the write's input: "heads", "ffn", "shared_ffn" or "mamba_heads".
         post_norm: norm between the write and the stream, if any.
         gate: the projection whose output is the pre-activation, if any.
         experts: the module that holds the experts' weights, [experts, ...] each; its router is one of `reads`.
         write_gate: a projection whose sigmoid multiplies the write (Qwen's shared expert).
+        beside: it reads the stream as the branch before it did, so the two run side by side.
+        read_scale, write_scale: config keys of factors on what its module reads, and on what it adds.
     """
 
     name: str
@@ -81,6 +94,9 @@ class Branch:
     gate: str | None = None
     experts: str | None = None
     write_gate: str | None = None
+    beside: bool = False
+    read_scale: str | None = None
+    write_scale: str | None = None
 
     @property
     def mark(self) -> str:
@@ -107,14 +123,16 @@ class Family:
         norm_offset: 1.0 where the norm multiplies by (1 + weight), as Gemma does.
         transposed: weights of projections are [inputs, outputs] (GPT-2's Conv1D).
         centred: norms take off the mean first (LayerNorm). What a cut of hidden does to the mean is not made good.
-        parallel: all branches of a layer read the stream as it enters the layer.
         residual_scale: config key of a factor on what branches add.
         scaled_embedding: the embedding is multiplied by √hidden, so that a cut of hidden shrinks the stream.
         constraints: names in `CONSTRAINTS`.
         stored_as: tensor → its name in a checkpoint, where that is another than in transformers; of experts several,
             with * for the number of the expert: what is stacked expert by expert, and joined along the outputs.
+        stored_prefix: what names begin with in transformers, and in a checkpoint, where that differs.
         buffers: names of tensors that are no parameters, but stored.
         latents: axis → the norm that spans it.
+        gated_norms: norm of a Mamba layer's x·silu(z) → the size that counts the groups which it norms apart.
+        uncut: axis → why it cannot be cut.
         further_layers: layers beyond the last may be stored, which predict further tokens; transformers does not load
             them, and they are left out.
         ignores_positions: its code makes masks without them, so it must be told where documents end (see `packing`).
@@ -141,13 +159,15 @@ class Family:
     norm_offset: float = 0.0
     transposed: bool = False
     centred: bool = False
-    parallel: bool = False
     residual_scale: str | None = None
     scaled_embedding: bool = False
     constraints: tuple[str, ...] = ("even_head_dim",)
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stored_prefix: tuple[str, str] = ("", "")
     buffers: tuple[str, ...] = ()
     latents: Mapping[str, str] = field(default_factory=dict)
+    gated_norms: Mapping[str, str] = field(default_factory=dict)
+    uncut: Mapping[str, str] = field(default_factory=dict)
     further_layers: bool = False
     ignores_positions: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
@@ -191,15 +211,16 @@ class Family:
         """Whether a config has what is required."""
         return all(getattr(config, key, value) == value for key, value in self.requires.items())
 
-    def architecture(self, config: Mapping[str, Any]) -> Architecture:
-        """The sizes in a config."""
-        return from_config(config, self.fields, self.derived, self.defaults)
+    def architecture(self, config: object) -> Architecture:
+        """The sizes in a transformers config."""
+        values = {key: getattr(config, key, None) for key in self.fields.values()}
+        return from_config(values, self.fields, self.derived, self.defaults)
 
     def sizes(self, formulas: Iterable[str]) -> set[str]:
         """The sizes of a model whose weights have these dimensions. Without experts in any layer there are none to cut,
         though the config has a number of them; so it is with a dense layer's neurons."""
         used = {name for formula in formulas for name in dims.names(formula)}
-        used |= {"layers", "heads", "kv_heads"} | ({"top_k"} if "experts" in used else set())
+        used |= {"layers"} | ({"top_k"} if "experts" in used else set()) | ({"kv_heads"} if "heads" in used else set())
         return used | self.fields.keys() - AXES.keys()
 
     def outputs(self, projection: str) -> str:

@@ -32,9 +32,8 @@ FAMILY = dataclasses.replace(
     outer_weights=OUTER,
     branches=(
         dataclasses.replace(ATTENTION, reads=("attn.q_proj", "attn.k_proj", "attn.v_proj"), write="attn.out_proj"),
-        dataclasses.replace(FFN, norm="ln_1", reads=("mlp.fc_in",), write="mlp.fc_out", gate="mlp.fc_in"),
+        dataclasses.replace(FFN, norm="ln_1", reads=("mlp.fc_in",), write="mlp.fc_out", gate="mlp.fc_in", beside=True),
     ),
-    parallel=True,
     transposed=False,
     requires={},
     fields={size: key for size, key in gpt2.FAMILY.fields.items() if size != "positions"},

@@ -36,11 +36,10 @@ FAMILY = dataclasses.replace(
         dataclasses.replace(
             ATTENTION, module="self_attn", reads=("self_attn.query_key_value",), write="self_attn.dense"
         ),
-        FFN,
+        dataclasses.replace(FFN, beside=False),
     ),
     embedding="model.embed_tokens",
     final_norm="model.final_layernorm",
-    parallel=False,
     requires={},
     stored_as={},
 )

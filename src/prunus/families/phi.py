@@ -27,9 +27,10 @@ FAMILY = Family(
     outer_weights=OUTER,
     branches=(
         dataclasses.replace(ATTENTION, write="self_attn.dense"),
-        dataclasses.replace(FFN, norm="input_layernorm", reads=("mlp.fc1",), write="mlp.fc2", gate="mlp.fc1"),
+        dataclasses.replace(
+            FFN, norm="input_layernorm", reads=("mlp.fc1",), write="mlp.fc2", gate="mlp.fc1", beside=True
+        ),
     ),
     final_norm="model.final_layernorm",
     centred=True,
-    parallel=True,
 )

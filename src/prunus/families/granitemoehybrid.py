@@ -1,0 +1,50 @@
+"""Granite 4: layers of Mamba-2 or attention, each with experts (or none) and an FFN that sees every token beside them.
+Constant factors stay as they are."""
+
+import dataclasses
+
+from prunus.families import granitemoe
+from prunus.families._decoder import ATTENTION, FFN, Weights, mamba, mamba_fields, mamba_weights
+
+SHARED: Weights = {
+    "shared_mlp.input_linear.weight": ("2*ffn", "hidden"),
+    "shared_mlp.output_linear.weight": ("hidden", "ffn"),
+}
+
+SHARED_FFN = dataclasses.replace(
+    FFN,
+    module="shared_mlp",
+    reads=("shared_mlp.input_linear",),
+    write="shared_mlp.output_linear",
+    gate=None,
+)
+
+EXPERTS = granitemoe.FAMILY.branches[1]
+
+WITH_EXPERTS = dataclasses.replace(
+    granitemoe.FAMILY,
+    model_type="granitemoehybrid",
+    layer_weights={**granitemoe.FAMILY.layer_weights, **mamba_weights("mamba"), **SHARED},
+    branches=(
+        ATTENTION,
+        mamba("mamba", "input_layernorm"),
+        EXPERTS,
+        dataclasses.replace(SHARED_FFN, beside=True),
+    ),
+    gated_norms={"mamba.norm": "mamba_groups"},
+    constraints=("aligned_experts", "mamba_is_expand"),
+    ignores_positions=True,
+    fields={**granitemoe.FAMILY.fields, "ffn": "shared_intermediate_size"}
+    | mamba_fields(
+        "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv", expand="mamba_expand"
+    ),
+    per_layer_fields=("layer_types",),
+)
+
+WITHOUT = dataclasses.replace(
+    WITH_EXPERTS,
+    branches=(*WITH_EXPERTS.branches[:2], SHARED_FFN),
+    requires={"num_local_experts": 0},
+)
+
+VARIANTS = (WITHOUT, WITH_EXPERTS)
