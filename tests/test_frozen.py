@@ -29,7 +29,8 @@ def logits(model: PreTrainedModel, blocks: int, tokens: int) -> torch.Tensor:
 def test_same_bits_for_any_number_of_tokens(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path).module(torch.bfloat16)
     frozen = freeze(copy.deepcopy(model))
-    assert is_frozen(frozen)
+    head = model.get_output_embeddings()
+    assert is_frozen(frozen) == any(type(each) is torch.nn.Linear and each is not head for each in model.modules())
     for shape in [(1, 1), (1, 7), (3, 30)]:
         assert torch.equal(logits(frozen, *shape), logits(model, *shape))
 

@@ -32,7 +32,9 @@ def models(llama, tmp_path_factory):
     """One for each axis."""
     shared = tiny_model("qwen2_moe", tmp_path_factory.mktemp("qwen2_moe"))
     latents = tiny_model("deepseek_v3", tmp_path_factory.mktemp("deepseek_v3"))
-    own = {"experts": shared, "expert_ffn": shared, "shared_ffn": shared, "q_rank": latents, "kv_rank": latents}
+    mamba = tiny_model("mamba2", tmp_path_factory.mktemp("mamba2"))
+    own = dict.fromkeys(("mamba_heads", "mamba_head_dim", "state"), mamba)
+    own |= {"experts": shared, "expert_ffn": shared, "shared_ffn": shared, "q_rank": latents, "kv_rank": latents}
     return {axis: own.get(axis, llama) for axis in TABLE}
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from prunus import experts, hardware
-from prunus.layerwise import Returned, branches_of, gram, layers_of
+from prunus.layerwise import Returned, branches_of, gram, has, layers_of
 from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
 
@@ -31,25 +31,26 @@ def observed_inputs(teacher, blocks, layer, names):
     return seen, layers_of(model)[layer]
 
 
-def test_signals_are_what_the_layers_compute(teacher, blocks):
+@pytest.mark.parametrize("layer", [1, 2])
+def test_signals_are_what_the_layers_compute(teacher, blocks, layer):
     stats = measure(teacher, blocks, grams=True)
-    branches = branches_of(layers_of(teacher.module())[2], teacher.family)
+    branches = branches_of(layers_of(teacher.module())[layer], teacher.family)
     writes = {branch.write: branch.inner for branch in branches if branch.write}
-    seen, _ = observed_inputs(teacher, blocks, 2, writes)
+    seen, _ = observed_inputs(teacher, blocks, layer, writes)
     for write, axis in writes.items():
         inner_BSF = seen[write][0].view(len(blocks), blocks.tokens_NS.shape[1], -1)
-        if axis == "heads":
-            heads_BSA = inner_BSF.unflatten(-1, (teacher.architecture.heads, -1)).norm(dim=-1)
-            found = stats.reductions["output/heads"][0, 0, 2]
+        if axis in ("heads", "mamba_heads"):
+            heads_BSA = inner_BSF.unflatten(-1, (teacher.architecture[axis], -1)).norm(dim=-1)
+            found = stats.reductions[f"output/{axis}"][0, 0, layer]
             torch.testing.assert_close(found, heads_BSA.mean(1).sum(0), rtol=1e-4, atol=1e-5)
             continue
-        mean, l2, var = (stats.reductions[f"activation/{axis}"][i, 0, 2] for i in range(3))
+        mean, l2, var = (stats.reductions[f"activation/{axis}"][i, 0, layer] for i in range(3))
         torch.testing.assert_close(mean, inner_BSF.abs().mean(1).sum(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(l2, inner_BSF.norm(dim=1).sum(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(var, inner_BSF.var(dim=1, correction=0).sum(0), rtol=1e-3, atol=1e-5)
         inner_NF = inner_BSF.flatten(0, 1)
         expected = inverse_diagonal(inner_NF.T @ inner_NF / len(inner_NF))
-        torch.testing.assert_close(stats.inverse_gram[axis][2], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stats.inverse_gram[axis][layer], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_experts_are_seen_one_by_one(teacher, blocks):
@@ -58,7 +59,8 @@ def test_experts_are_seen_one_by_one(teacher, blocks):
     if branch is None:
         pytest.skip(f"{teacher.family.model_type} has no experts")
     stats = measure(teacher, blocks)
-    seen, layer = observed_inputs(teacher, blocks, 2, [branch.experts])
+    number = next(n for n, layer in enumerate(layers_of(teacher.module())) if has(layer, branch.experts))
+    seen, layer = observed_inputs(teacher, blocks, number, [branch.experts])
     states, chosen, weights = seen[branch.experts]
     module, sizes = layer.get_submodule(branch.experts), teacher.architecture
     with torch.no_grad():
@@ -66,17 +68,17 @@ def test_experts_are_seen_one_by_one(teacher, blocks):
             sent = (chosen == expert).any(1)
             alone = torch.where(chosen == expert, weights, 0)
             output = module(states, chosen, alone.to(weights.dtype))
-            assert int(stats.sums["tokens/experts"][2, expert]) == int(sent.sum())
+            assert int(stats.sums["tokens/experts"][number, expert]) == int(sent.sum())
             torch.testing.assert_close(
-                stats.sums["output/experts"][2, expert], output.norm(dim=1).sum(), rtol=1e-4, atol=1e-4
+                stats.sums["output/experts"][number, expert], output.norm(dim=1).sum(), rtol=1e-4, atol=1e-4
             )
             inner = experts.inner(module, expert, states[sent]) * alone.sum(1)[sent, None]
             torch.testing.assert_close(
-                stats.sums["energy/expert_ffn"][2, expert], inner.square().sum(0), rtol=1e-4, atol=1e-4
+                stats.sums["energy/expert_ffn"][number, expert], inner.square().sum(0), rtol=1e-4, atol=1e-4
             )
         whole = experts.run(module, states, chosen, weights, lambda routed: None)
         torch.testing.assert_close(whole, module(states, chosen, weights), rtol=1e-4, atol=1e-5)
-    assert stats.sums["tokens/experts"][2].sum() == chosen.numel()
+    assert stats.sums["tokens/experts"][number].sum() == chosen.numel()
 
 
 def test_block_influence_and_energy_by_hand(llama, blocks):

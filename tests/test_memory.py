@@ -46,6 +46,7 @@ UNCOUNTED = {
     "falcon": "PyTorch's attention keeps less than ours, which it cannot have",
     "gpt2": "its GELU is eight operations, each of which keeps its input",
     "gptj": "its GELU is eight operations, each of which keeps its input",
+    "mamba2": "its residual stream is float32, beside which the norms keep short copies",
     "phi": "its GELU is eight operations, each of which keeps its input",
     "vaultgemma": "a soft-cap on the scores needs transformers' eager attention, which keeps S² values several times",
 }
@@ -64,7 +65,12 @@ UNCOUNTED = {
 )
 def test_activations_are_those_that_autograd_keeps(family, tmp_path):
     sizes = {"num_hidden_layers": 8, "hidden_size": 96, "intermediate_size": 256, "head_dim": 16}
-    own = {"gemma3_text": {"layer_types": ["full_attention"] * 8}, "deepseek_v3": {"head_dim": 4}}.get(family, {})
+    own = {
+        "gemma3_text": {"layer_types": ["full_attention"] * 8},
+        "deepseek_v3": {"head_dim": 4},
+        "bamba": {"mamba_n_heads": 24},
+        "granitemoehybrid": {"mamba_n_heads": 24, "layer_types": ["linear_attention", "full_attention"] * 4},
+    }.get(family, {})
     checkpoint = tiny_model(family, tmp_path / "model", **sizes | own)
     model = checkpoint.module(torch.bfloat16).train()
     counted = saved_bytes(model, torch.randint(0, 97, (1, 64)))

@@ -100,6 +100,8 @@ def _kept_by(branch: Branch, training: Training) -> int:
     what a post-norm makes."""
     family, sizes = training.family, training.student
     norms = (2 * bool(branch.norm) + bool(branch.post_norm)) * sizes.hidden
+    if branch.inner == "mamba_heads":
+        return norms + _mamba(training)
     if branch.inner != "heads":
         return norms + _neurons(branch, family, sizes)
     qk_norms = any("q_norm" in name for name in family.layer_weights) * (sizes.heads + sizes.kv_heads) * sizes.head_dim
@@ -128,6 +130,18 @@ def _neurons(branch: Branch, family: Family, sizes: Architecture) -> int:
         kept = reads + (2 if reads > inner else 1) * inner
     if branch.experts:  # each copies its tokens, and keeps its output for the router's gradient
         kept += sizes.top_k * (4 * sizes.expert_ffn + 2 * sizes.hidden)
+    return kept
+
+
+def _mamba(training: Training) -> int:
+    """What a Mamba layer keeps of a token: its projection's parts, the convolution's output and what it is multiplied
+    with; and where no kernel for it is installed, as on a CPU, float32 products of all states in a chunk."""
+    sizes, inner = training.student, training.student.mamba_heads * training.student.mamba_head_dim
+    convolved = inner + 2 * sizes.mamba_groups * sizes.state
+    kept = 2 * inner + 3 * convolved + sizes.mamba_heads
+    if hardware.device().type == "cpu":
+        chunk = min(sizes.chunk, training.block_size)
+        kept += chunk * sizes.mamba_heads * (sizes.state + 3) * 4 // training.itemsize
     return kept
 
 

@@ -138,7 +138,9 @@ def mamba(module: str, norm: str) -> Branch:
     )
 
 
-def mamba_fields(heads: str, head_dim: str, state: str, groups: str, convolution: str, **others: str) -> dict[str, str]:
+def mamba_fields(
+    heads: str, head_dim: str, state: str, groups: str, convolution: str, chunk: str, **others: str
+) -> dict[str, str]:
     """Config key of each size of such a layer."""
     return {
         "mamba_heads": heads,
@@ -146,5 +148,6 @@ def mamba_fields(heads: str, head_dim: str, state: str, groups: str, convolution
         "state": state,
         "mamba_groups": groups,
         "convolution": convolution,
+        "chunk": chunk,
         **others,
     }

@@ -48,7 +48,13 @@ FAMILY = Family(
     constraints=("even_head_dim", "mamba_is_expand"),
     fields=FIELDS
     | mamba_fields(
-        "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv", expand="mamba_expand"
+        "mamba_n_heads",
+        "mamba_d_head",
+        "mamba_d_state",
+        "mamba_n_groups",
+        "mamba_d_conv",
+        "mamba_chunk_size",
+        expand="mamba_expand",
     ),
     branch_layers={"attn_layer_indices": "attention"},
 )

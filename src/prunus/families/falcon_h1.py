@@ -29,7 +29,13 @@ VARIANTS = tuple(
         requires={"mamba_rms_norm": normed} | ({"mamba_norm_before_gate": False} if normed else {}),
         fields=FIELDS
         | mamba_fields(
-            "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv", inner="mamba_d_ssm"
+            "mamba_n_heads",
+            "mamba_d_head",
+            "mamba_d_state",
+            "mamba_n_groups",
+            "mamba_d_conv",
+            "mamba_chunk_size",
+            inner="mamba_d_ssm",
         ),
         derived={"inner": "mamba_heads*mamba_head_dim"},
         branch_layers={},

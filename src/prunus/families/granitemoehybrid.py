@@ -36,7 +36,13 @@ WITH_EXPERTS = dataclasses.replace(
     ignores_positions=True,
     fields={**granitemoe.FAMILY.fields, "ffn": "shared_intermediate_size"}
     | mamba_fields(
-        "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv", expand="mamba_expand"
+        "mamba_n_heads",
+        "mamba_d_head",
+        "mamba_d_state",
+        "mamba_n_groups",
+        "mamba_d_conv",
+        "mamba_chunk_size",
+        expand="mamba_expand",
     ),
     per_layer_fields=("layer_types",),
 )

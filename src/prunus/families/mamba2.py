@@ -20,5 +20,5 @@ FAMILY = Family(
     gated_norms={"mixer.norm": "mamba_groups"},
     constraints=("mamba_is_expand",),
     fields={"layers": "num_hidden_layers", "hidden": "hidden_size", "vocab": "vocab_size"}
-    | mamba_fields("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", expand="expand"),
+    | mamba_fields("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size", expand="expand"),
 )

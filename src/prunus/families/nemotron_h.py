@@ -68,7 +68,7 @@ FAMILY = Family(
         expert_groups="n_group",
         chosen_groups="topk_group",
     )
-    | mamba_fields("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
+    | mamba_fields("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size"),
     per_layer_fields=("layers_block_type",),
     stored_prefix=("model.", "backbone."),
     stored_as={
