@@ -38,8 +38,8 @@ def test_reads_and_writes_agree_with_the_tensor_parallel_plan(teacher):
         if branch.experts:
             assert plan[f"{branch.experts}.down_proj"] == "rowwise"
             assert plan.get(branch.write, "rowwise") == "rowwise"
-        elif branch.write in plan:  # where experts have a plan, attention may have none
-            assert all(plan[name].startswith("colwise") for name in branch.reads)
+        elif branch.write in plan and branch.name != "delta":  # where experts have a plan, attention may have none
+            assert teacher.family.latents or all(plan[name].startswith("colwise") for name in branch.reads)
             assert plan[branch.write].startswith("rowwise")
         else:
             assert any(branch.experts or branch.inner == "mamba_heads" for branch in teacher.family.branches)

@@ -99,7 +99,7 @@ def masked(teacher: Checkpoint, kept: Kept, target: Architecture, folder: Path) 
                     gone = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill_(0, row, False)
                     stays[expert].index_fill_(dim - 1, gone.nonzero().flatten(), 0)
         tensors[name] = tensor * stays
-        if teacher.family.split(name)[1] in teacher.family.buffers:
+        if "e_score_correction_bias" in name:
             tensors[name] += UNREACHABLE * (1 - stays)
         if teacher.family.centred:
             _centre(tensors[name], teacher, name, torch.tensor(kept.hidden))

@@ -19,6 +19,7 @@ AXES = {
     "expert_ffn": "neurons per expert",
     "shared_ffn": "neurons of the expert that sees every token",
     "top_k": "experts that a token is sent to",
+    "linear_heads": "key heads of linear attention; each leaves with its value heads",
     "mamba_heads": "heads of a Mamba layer",
     "mamba_head_dim": "channels of a Mamba head",
     "state": "values that a Mamba layer keeps of each channel",

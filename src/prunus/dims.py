@@ -7,7 +7,8 @@
     "2*ffn", "ffn*2"                        all gates, then all ups (Phi-3); gate and up in turns (gpt-oss)
     "kv_heads*(group + 2)*head_dim"         of each group its queries, then key and value (Falcon)
 
-In a product the first factor runs slowest. `group` stands for the query heads of the key-value head before it.
+A size alone may also be "a // b". In a product the first factor runs slowest. `group` stands for the query heads of
+the key-value head before it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def _size(node: ast.expr, sizes: Mapping[str, int]) -> int:
             return _size(left, sizes) + _size(right, sizes)
         case ast.BinOp(left, ast.Mult(), right):
             return _size(left, sizes) * _size(right, sizes)
+        case ast.BinOp(left, ast.FloorDiv(), right):
+            return _size(left, sizes) // _size(right, sizes)
         case ast.Name(name):
             return sizes["heads"] // sizes["kv_heads"] if name == GROUP else sizes[name]
         case ast.Constant(int(number)):

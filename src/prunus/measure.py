@@ -31,9 +31,11 @@ GRAM_TOKENS = 8192
 """Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
 SOLVED_COLUMNS = 1024
 """Columns of a triangular inverse that are in memory at once."""
-WEIGHED_AXES = ("heads", "kv_heads", "ffn", "shared_ffn", "experts", "mamba_heads", "mamba_head_dim", "state", "q_rank",
-                "kv_rank")  # fmt: skip
-HEADS = ("heads", "mamba_heads")
+WEIGHED_AXES = (
+    *("heads", "kv_heads", "ffn", "shared_ffn", "experts", "q_rank", "kv_rank"),
+    *("linear_heads", "mamba_heads", "mamba_head_dim", "state"),
+)
+HEADS = ("heads", "mamba_heads", "linear_heads")
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 

@@ -120,6 +120,7 @@ class Score(Section):
     experts: _one_of("experts") = importance.DEFAULTS["experts"]  # type: ignore[valid-type]
     expert_ffn: _one_of("expert_ffn") = importance.DEFAULTS["expert_ffn"]  # type: ignore[valid-type]
     shared_ffn: _one_of("shared_ffn") = importance.DEFAULTS["shared_ffn"]  # type: ignore[valid-type]
+    linear_heads: _one_of("linear_heads") = importance.DEFAULTS["linear_heads"]  # type: ignore[valid-type]
     mamba_heads: _one_of("mamba_heads") = importance.DEFAULTS["mamba_heads"]  # type: ignore[valid-type]
     mamba_head_dim: _one_of("mamba_head_dim") = importance.DEFAULTS["mamba_head_dim"]  # type: ignore[valid-type]
     state: _one_of("state") = importance.DEFAULTS["state"]  # type: ignore[valid-type]

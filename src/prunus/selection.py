@@ -15,7 +15,7 @@ from prunus.errors import BudgetUnreachable
 from prunus.families import Family
 from prunus.scores import Scores
 
-PLAIN_AXES = {"ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state"}
+PLAIN_AXES = {"ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state", "linear_heads"}
 """Axes of a layer whose parts are chosen one by one."""
 
 

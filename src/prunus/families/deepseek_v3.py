@@ -1,5 +1,5 @@
-"""DeepSeek-V3 and R1. Queries, and keys with values, are made from latents (MLA); the first layers are dense; a router
-with a correction per expert picks among groups of experts, and a shared expert sees every token."""
+"""DeepSeek-V3 and R1. Keys and values, and in most models queries, are made from latents (MLA); the first layers are
+dense; a router with a correction per expert picks among groups of experts, and a shared expert sees every token."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ MLA: Weights = {
 
 DENSE: Weights = {name: dims for name, dims in PROJECTIONS.items() if name.startswith("mlp")}
 
-FAMILY = Family(
+WITH_LATENT = Family(
     model_type="deepseek_v3",
     layer_weights=MLA
     | DENSE
@@ -68,3 +68,19 @@ FAMILY = Family(
     fixed={"num_nextn_predict_layers": 0},
     stored_as=STORED_EXPERTS,
 )
+
+DIRECT: Weights = {"self_attn.q_proj.weight": ("heads*(nope_dim + rope_dim)", "hidden")}
+
+WITHOUT = dataclasses.replace(
+    WITH_LATENT,
+    layer_weights={name: dims for name, dims in WITH_LATENT.layer_weights.items() if ".q_" not in name} | DIRECT,
+    branches=(
+        dataclasses.replace(ATTENTION, reads=("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa")),
+        *WITH_LATENT.branches[1:],
+    ),
+    norms=("self_attn.kv_a_layernorm",),
+    latents={"kv_rank": "self_attn.kv_a_layernorm"},
+    requires={"q_lora_rank": None},
+)
+
+VARIANTS = (WITHOUT, WITH_LATENT)

@@ -41,6 +41,7 @@ CONSTRAINTS = {
         lambda a: "experts" not in a or (a.hidden % 8 == 0 and a.expert_ffn % 8 == 0),
         "hidden and expert_ffn must be multiples of 8 (grouped matrix products need rows of 16 bytes)",
     ),
+    "even_latent": (lambda a: a.kv_rank % 2 == 0, "kv_rank must be even (its code views what follows as complex)"),
     "grouped_experts": (
         lambda a: "experts" not in a or (a.experts % a.expert_groups == 0 and a.experts // a.expert_groups >= 2),
         "experts must be a multiple of the router's groups, with at least two in each",
