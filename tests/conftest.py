@@ -103,6 +103,12 @@ VARIANTS = {
     "falcon, one norm": {"num_ln_in_parallel_attn": 1},
 }
 """Values of a type's other variants, by its name and theirs."""
+KINDS = (
+    *("llama", "gemma3_text", "phi3", "olmo2", "gpt_neox", "gpt2", "falcon", "cohere2", "qwen2_moe", "gpt_oss"),
+    *("deepseek_v3", "qwen3_next", "mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"),
+)
+"""One type of each kind of layers; what depends on the kind alone is tested on these."""
+for_each_kind = pytest.mark.parametrize("family_name", KINDS, indirect=True, scope="session")
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:

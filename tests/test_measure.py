@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import for_each_kind
 
 from prunus import experts, hardware
 from prunus.layerwise import Returned, branches_of, gram, has, layers_of
@@ -92,6 +93,7 @@ def test_block_influence_and_energy_by_hand(llama, blocks):
     assert stats.num_tokens == len(x_NH)
 
 
+@for_each_kind
 def test_statistics_do_not_depend_on_the_batch_split(teacher, blocks, monkeypatch):
     together = measure(teacher, blocks)
     monkeypatch.setattr(sys.modules["prunus.measure"], "BATCH_BLOCKS", 1)
@@ -119,6 +121,7 @@ def test_statistics_survive_the_disk(llama, blocks, tmp_path):
     assert torch.equal(loaded.inverse_gram["ffn"], stats.inverse_gram["ffn"])
 
 
+@for_each_kind
 def test_leave_one_out_equals_running_the_model_without_each_layer(teacher, blocks):
     whole, losses = leave_one_out(teacher, blocks)
     tokens, positions = blocks.batch(list(range(len(blocks))))
@@ -146,6 +149,7 @@ def test_gram_is_exact_in_both_types():
     assert (gram(rounded).double() - exact).norm() / exact.norm() < 1e-4
 
 
+@for_each_kind
 def test_layer_by_layer_from_disk_is_the_same(teacher, blocks):
     source = on_disk(teacher)
     found, expected = measure(teacher, blocks, source=source), measure(teacher, blocks)
