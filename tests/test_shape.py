@@ -115,3 +115,9 @@ from prunus.measure import measure
 assert measure is pr.measure
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_readme_names_every_family():
+    named = re.search(r"## Families(.*?)## Limits", (PACKAGE.parents[1] / "README.md").read_text(), re.DOTALL)
+    assert named is not None
+    assert sorted(set(re.findall(r"`([a-z0-9_]+)`", named[1])) & set(known_families())) == known_families()

@@ -8,13 +8,14 @@ Shapes: B blocks, S tokens of a block, P of them the prompt, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from prunus.evaluate import evaluation_mode
 from prunus.head import head_of
@@ -41,17 +42,20 @@ def continued(model: PreTrainedModel, tokens_BS: Tensor, *, seeds: Sequence[int]
     """
     length = tokens_BS.shape[1]
     prompt = length // 2
+    positions_BS = torch.arange(length, device=tokens_BS.device).expand_as(tokens_BS)
     generators = [torch.Generator(tokens_BS.device).manual_seed(seed) for seed in seeds]
-    written_BS, cache = tokens_BS.clone(), None
+    written_BS, body = tokens_BS.clone(), model.base_model
+    own_name = {"past_key_values", "cache_params"} & inspect.signature(body.forward).parameters.keys()
+    cache = {name: DynamicCache(config=model.config) for name in own_name}
     with evaluation_mode([model]):
         for place in range(prompt, length):
-            unread_BS = written_BS[:, :prompt] if cache is None else written_BS[:, place - 1 : place]
-            output = model.base_model(input_ids=unread_BS, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            unread = slice(0, prompt) if place == prompt else slice(place - 1, place)
+            output = body(  # some models count positions from the first unread token unless they are told
+                input_ids=written_BS[:, unread], position_ids=positions_BS[:, unread], use_cache=True, **cache
+            )
             p_BV = torch.softmax(head_of(model).logits(output.last_hidden_state[:, -1]), dim=-1)
             for row, generator in enumerate(generators):
                 written_BS[row, place] = torch.multinomial(p_BV[row], 1, generator=generator)
-    positions_BS = torch.arange(length, device=tokens_BS.device).expand_as(tokens_BS)
     return written_BS, positions_BS, _written(written_BS, prompt, _ends(model))
 
 
