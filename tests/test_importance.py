@@ -34,6 +34,7 @@ def models(llama, tmp_path_factory):
     latents = tiny_model("deepseek_v3", tmp_path_factory.mktemp("deepseek_v3"))
     mamba = tiny_model("mamba2", tmp_path_factory.mktemp("mamba2"))
     own = dict.fromkeys(("mamba_heads", "mamba_head_dim", "state"), mamba)
+    own["linear_heads"] = tiny_model("qwen3_next", tmp_path_factory.mktemp("qwen3_next"))
     own |= {"experts": shared, "expert_ffn": shared, "shared_ffn": shared, "q_rank": latents, "kv_rank": latents}
     return {axis: own.get(axis, llama) for axis in TABLE}
 

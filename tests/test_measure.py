@@ -9,7 +9,7 @@ from conftest import for_each_kind
 
 from prunus import experts, hardware
 from prunus.layerwise import Returned, branches_of, gram, has, layers_of
-from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
+from prunus.measure import HEADS, inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
 
 
@@ -40,7 +40,7 @@ def test_signals_are_what_the_layers_compute(teacher, blocks, layer):
     seen, _ = observed_inputs(teacher, blocks, layer, writes)
     for write, axis in writes.items():
         inner_BSF = seen[write][0].view(len(blocks), blocks.tokens_NS.shape[1], -1)
-        if axis in ("heads", "mamba_heads"):
+        if axis in HEADS:
             heads_BSA = inner_BSF.unflatten(-1, (teacher.architecture[axis], -1)).norm(dim=-1)
             found = stats.reductions[f"output/{axis}"][0, 0, layer]
             torch.testing.assert_close(found, heads_BSA.mean(1).sum(0), rtol=1e-4, atol=1e-5)

@@ -68,6 +68,10 @@ def test_activations_are_those_that_autograd_keeps(family, tmp_path):
     own = {
         "gemma3_text": {"layer_types": ["full_attention"] * 8},
         "deepseek_v3": {"head_dim": 4},
+        "dots1": {"layer_types": ["full_attention"] * 8},
+        "mellum": {"layer_types": ["full_attention"] * 8, "mlp_layer_types": ["dense", "sparse"] * 4},
+        "exaone_moe": {"layer_types": ["full_attention"] * 8, "mlp_layer_types": ["dense"] + ["sparse"] * 7},
+        "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 4},
         "bamba": {"mamba_n_heads": 24},
         "granitemoehybrid": {"mamba_n_heads": 24, "layer_types": ["linear_attention", "full_attention"] * 4},
     }.get(family, {})

@@ -1,7 +1,7 @@
 """Budgets, legal architectures, and the order of candidates."""
 
 import pytest
-from conftest import tiny_model
+from conftest import for_each_kind, tiny_model
 
 from prunus import cost
 from prunus.budget import MEMORY_CONTEXT, parse_budget, parse_quantity
@@ -25,6 +25,7 @@ def test_quantities_that_are_none(text):
         parse_quantity(text)
 
 
+@for_each_kind
 def test_every_proposal_is_legal_and_within_the_tolerance(teacher):
     budget = parse_budget(teacher, params="0.7x")
     tolerance = 0.03 if "aligned_experts" in teacher.family.constraints else 0.01

@@ -46,10 +46,12 @@ def losses_and_gradients(teacher, student, blocks, dtype, **choices):
 @pytest.mark.parametrize("family", known_families())
 def test_neither_packing_nor_the_split_nor_the_chunk_changes_a_gradient(family, tmp_path):
     teacher = tiny_model(family, tmp_path / "teacher")
-    smaller = {"mamba2": {"num_hidden_layers": 3}}.get(family, {"intermediate_size": 24})
+    smaller = {"mamba2": {"num_hidden_layers": 3}, "solar_open": {"moe_intermediate_size": 16}}.get(
+        family, {"intermediate_size": 24}
+    )
     student = tiny_model(family, tmp_path / "student", **smaller)
-    # A Mamba layer's state goes on from document to document in a block.
-    several = (1, 1) if any(branch.name == "mamba" for branch in teacher.family.branches) else (2, 4)
+    # The state of Mamba and of linear attention goes on from document to document in a block.
+    several = (1, 1) if any(branch.name in ("mamba", "delta") for branch in teacher.family.branches) else (2, 4)
     ways = {
         "one document a block": (packed(range(8), 1), {}),
         "two": (packed([3, 1, 0, 2, 7, 5, 4, 6], several[0]), {}),

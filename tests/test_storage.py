@@ -60,3 +60,17 @@ def test_layers_that_predict_further_tokens_are_left_out(mixture):
     assert opened.stored.keys() == mixture.stored.keys()
     with pytest.raises(UnsupportedModel, match=r"no rule for 1 tensors, such as 'model\.layers\.3\.eh_proj"):
         load(rewritten(mixture, **{"model.layers.3.eh_proj.weight": torch.zeros(48, 96)}))
+
+
+def test_a_body_without_a_head_and_with_buffers_of_old(tmp_path):
+    """As GPT-2's own checkpoint is."""
+    model = tiny_model("gpt2", tmp_path / "model", tie_word_embeddings=True)
+    file = model.folder / "model.safetensors"
+    bare = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
+    bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 4, 4) for layer in range(4)}
+    save_file(bare, file, metadata={"format": "pt"})
+    opened = load(model.folder)
+    assert opened.stored.keys() == model.stored.keys()
+    assert torch.equal(opened.tensor("transformer.h.1.mlp.c_fc.weight"), bare["h.1.mlp.c_fc.weight"])
+    found = opened.module().get_parameter("transformer.h.1.mlp.c_fc.weight")
+    assert torch.equal(found, bare["h.1.mlp.c_fc.weight"])

@@ -53,6 +53,9 @@ class Architecture(Mapping[str, int]):
             raise AttributeError(f"an architecture without {name!r}")
         return self._sizes[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._sizes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)
 
@@ -76,8 +79,12 @@ class Architecture(Mapping[str, int]):
         kept |= {part for rule in derived.values() for part in dims.names(rule)}
         return Architecture(derived, **{name: size for name, size in self._sizes.items() if name in kept})
 
+    def plain(self) -> dict[str, int]:
+        """All sizes, not to be changed: to look up many of them takes a third of the time."""
+        return self._sizes
+
     def axes(self) -> dict[str, int]:
-        return {axis: self[axis] for axis in AXES if axis in self and axis not in self._derived}
+        return {axis: self._sizes[axis] for axis in AXES if axis in self._sizes and axis not in self._derived}
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={size}" for axis, size in self.axes().items())

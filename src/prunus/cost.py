@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from prunus.families import Family
 
 Layout = Mapping[str, tuple[str, ...]]
 """Tensor name → unit of each dimension, for every tensor of the teacher (tied heads once)."""
-Kind = Counter[tuple[str, tuple[str, ...]]]
-"""How many tensors there are of each (part of the model, units)."""
+Kind = Mapping[str, tuple[str, str]]
+"""Part of the model → formulas (see `dims`) of its values, and of those that one token has to do with."""
 
 
 def layout(family: Family, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -73,16 +72,28 @@ def shapes(family: Family, tensors: Layout, ranking: Sequence[int] | None = None
         ranking: layers in the order in which they stay (see `selection.ranked_layers`); matters only where they are of
             several kinds and depth is cut. Without it the first ones stay.
     """
-    outer: Kind = Counter()
-    layers: dict[int, Kind] = defaultdict(Counter)
+    outer: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    layers: dict[int, Counter[tuple[str, tuple[str, ...]]]] = defaultdict(Counter)
     for name, units in tensors.items():
         layer = family.split(name)[0]
         (outer if layer is None else layers[layer])[group_of(family, name, units), units] += 1
-    kinds: list[Kind] = []
-    for kind in layers.values():
-        if kind not in kinds:
-            kinds.append(kind)
-    return Shapes(outer, tuple(kinds), tuple(kinds.index(layers[layer]) for layer in ranking or sorted(layers)))
+    different: list[Counter[tuple[str, tuple[str, ...]]]] = []
+    for counted in layers.values():
+        if counted not in different:
+            different.append(counted)
+    order = tuple(different.index(layers[layer]) for layer in ranking or sorted(layers))
+    return Shapes(_kind(outer), tuple(map(_kind, different)), order)
+
+
+def _kind(counted: Counter[tuple[str, tuple[str, ...]]]) -> Kind:
+    """One formula for all tensors of a part: a search counts a hundred thousand architectures."""
+    sums: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for (part, units), number in counted.items():
+        product = " * ".join([str(number), *(f"({unit})" for unit in units)])
+        whole, active = sums[part]
+        whole.append(product)
+        active.append(f"{product} * top_k // experts" if units[0] == "experts" and len(units) > 2 else product)
+    return {part: (" + ".join(whole), " + ".join(active)) for part, (whole, active) in sums.items()}
 
 
 def count(shapes: Shapes, architecture: Architecture, *, active: bool = False) -> dict[str, int]:
@@ -91,14 +102,11 @@ def count(shapes: Shapes, architecture: Architecture, *, active: bool = False) -
     Args:
         active: of experts only as many as a token is sent to.
     """
-    stay = Counter(shapes.order[: architecture.layers])
+    stay, sizes = Counter(shapes.order[: architecture.layers]), architecture.plain()
     parts: dict[str, int] = defaultdict(int)
     for kind, number in [(shapes.outer, 1), *((shapes.kinds[place], number) for place, number in stay.items())]:
-        for (part, units), tensors in kind.items():
-            size = math.prod(dims.size(unit, architecture) for unit in units)
-            if active and len(units) > 2:
-                size = size * architecture.top_k // architecture.experts
-            parts[part] += number * tensors * size
+        for part, formulas in kind.items():
+            parts[part] += number * dims.size(formulas[active], sizes)
     return dict(parts)
 
 
@@ -126,6 +134,6 @@ def flops_per_token(family: Family, tensors: Layout, architecture: Architecture,
 
 def kv_bytes_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, bytes_per_value: int = 2) -> int:
     """Of the cache that generation keeps; what Mamba layers keep does not grow with the tokens."""
-    having = [any(part == "attention" for part, _ in kind) for kind in shapes.kinds]
+    having = ["attention" in kind for kind in shapes.kinds]
     layers = sum(having[kind] for kind in shapes.order[: architecture.layers])
     return layers * dims.size(family.cached, architecture) * bytes_per_value if layers else 0

@@ -158,9 +158,9 @@ def magnitude(stats: Statistics, axis: str, aggregation: str) -> Tensor:
 
 
 def random(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """Uniform noise from a fixed seed: the baseline that every score must beat."""
+    """Uniform noise from a fixed seed: the baseline that every score must beat; zero where there is no such part."""
     like = stats.sums["cosine" if axis == "layers" else f"weight/{axis}"]
-    return torch.rand(like.shape, generator=torch.Generator().manual_seed(0))
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(0)) * (like != 0)
 
 
 Score = Callable[[Statistics, str, str], Tensor]

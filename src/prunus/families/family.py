@@ -185,7 +185,7 @@ class Family:
     )
     derived: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ("*rotary_emb.inv_freq",)
     cached: str = "2*kv_heads*head_dim"
     per_layer_fields: tuple[str, ...] = ()
     layer_count_fields: tuple[str, ...] = ()

@@ -49,6 +49,7 @@ FAMILY = Family(
     final_norm="gpt_neox.final_layer_norm",
     centred=True,
     constraints=("multi_head", "hidden_is_heads", "heads_divide_hidden"),
+    unread=("attention.bias", "attention.masked_bias", "*rotary_emb.inv_freq"),
     requires={"use_parallel_residual": True},
     stored_as={"lm_head.weight": ("embed_out.weight",)},
     fields={
