@@ -48,6 +48,7 @@ UNCOUNTED = {
     "gptj": "its GELU is eight operations, each of which keeps its input",
     "mamba2": "its residual stream is float32, beside which the norms keep short copies",
     "phi": "its GELU is eight operations, each of which keeps its input",
+    "qwen3_next": "transformers' plain linear attention keeps products of whole chunks",
     "vaultgemma": "a soft-cap on the scores needs transformers' eager attention, which keeps S² values several times",
 }
 """Families whose training takes more, or less, than the planner predicts."""

@@ -32,7 +32,7 @@ def size(formula: str, sizes: Mapping[str, int]) -> int:
     Raises:
         NameError: a name that `sizes` lacks.
     """
-    known = {GROUP: sizes["heads"] // sizes["kv_heads"]} if GROUP in formula else {}
+    known = {GROUP: sizes["heads"] // sizes["kv_heads"]} if _has_group(formula) else {}
     return int(eval(_compiled(formula), known, sizes))  # of nothing but names, numbers, +, * and //
 
 
@@ -80,8 +80,9 @@ def _names(node: ast.expr) -> set[str]:
     return found - {GROUP} | {"heads", "kv_heads"} if GROUP in found else found
 
 
-def _has_group(node: ast.expr) -> bool:
-    return any(isinstance(part, ast.Name) and part.id == GROUP for part in ast.walk(node))
+@functools.cache
+def _has_group(formula: str) -> bool:
+    return any(isinstance(part, ast.Name) and part.id == GROUP for part in ast.walk(_parse(formula)))
 
 
 def _size(node: ast.expr, sizes: Mapping[str, int]) -> int:
@@ -96,7 +97,7 @@ def _index(node: ast.expr, sizes: Mapping[str, int], chosen: Chosen, group: int 
             return torch.cat([first, second + _size(left, sizes)])
         case ast.BinOp(left, ast.Mult(), right):
             outer, width = _index(left, sizes, chosen, group), _size(right, sizes)
-            if _has_group(right):
+            if _has_group(ast.unparse(right)):
                 return torch.cat([place * width + _index(right, sizes, chosen, place) for place in outer.tolist()])
             return (outer[:, None] * width + _index(right, sizes, chosen, group)).flatten()
         case ast.Name("group"):
@@ -118,7 +119,7 @@ def _owner(node: ast.expr, sizes: Mapping[str, int], axis: str, group: int | Non
             return torch.cat([_owner(part, sizes, axis, group) for part in (left, right)])
         case ast.BinOp(left, ast.Mult(), right):
             outer, width = _owner(left, sizes, axis, group), _size(right, sizes)
-            if axis == "heads" and _has_group(right):
+            if axis == "heads" and _has_group(ast.unparse(right)):
                 return torch.cat([_owner(right, sizes, axis, place) for place in range(len(outer))])
             if axis in _names(left):
                 return outer.repeat_interleave(width)
