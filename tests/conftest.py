@@ -21,7 +21,7 @@ import prunus as pr
 from prunus import checks, cli
 from prunus.checkpoint import Checkpoint
 from prunus.families import family_of, known_families
-from prunus.families._decoder import FIELDS
+from prunus.families.family import FIELDS
 
 SIZES = {
     "num_hidden_layers": 4,

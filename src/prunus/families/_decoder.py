@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from prunus.families.family import Branch
+from prunus.families.family import FIELDS, Branch
 
 Weights = dict[str, tuple[str, ...]]
 
@@ -50,16 +50,6 @@ FFN = Branch(
     inner="ffn",
     gate="mlp.gate_proj",
 )
-
-FIELDS = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "ffn": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocab": "vocab_size",
-}
 
 EXPERTS = Branch(
     name="experts",
@@ -151,3 +141,9 @@ def mamba_fields(
         "chunk": chunk,
         **others,
     }
+
+
+BAMBA_FIELDS = mamba_fields(
+    "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv", "mamba_chunk_size"
+)
+"""As Bamba's config names them, and those that follow it."""

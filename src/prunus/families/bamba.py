@@ -6,11 +6,11 @@ import dataclasses
 from prunus.families._decoder import (
     ATTENTION,
     ATTENTION_WEIGHTS,
+    BAMBA_FIELDS,
     FFN,
     FIELDS,
     Weights,
     mamba,
-    mamba_fields,
     mamba_weights,
 )
 from prunus.families.family import Family
@@ -46,15 +46,6 @@ FAMILY = Family(
     final_norm="model.final_layernorm",
     gated_norms={"mamba.norm": "mamba_groups"},
     constraints=("even_head_dim", "mamba_is_expand"),
-    fields=FIELDS
-    | mamba_fields(
-        "mamba_n_heads",
-        "mamba_d_head",
-        "mamba_d_state",
-        "mamba_n_groups",
-        "mamba_d_conv",
-        "mamba_chunk_size",
-        expand="mamba_expand",
-    ),
+    fields=FIELDS | BAMBA_FIELDS | {"expand": "mamba_expand"},
     branch_layers={"attn_layer_indices": "attention"},
 )

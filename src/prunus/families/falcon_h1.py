@@ -3,7 +3,7 @@
 import dataclasses
 
 from prunus.families import bamba
-from prunus.families._decoder import ATTENTION, FIELDS, mamba, mamba_fields
+from prunus.families._decoder import ATTENTION, BAMBA_FIELDS, FIELDS, mamba
 
 MAMBA = dataclasses.replace(mamba("mamba", "input_layernorm"), write_scale="ssm_out_multiplier")
 
@@ -27,16 +27,7 @@ VARIANTS = tuple(
         gated_norms={"mamba.norm": "mamba_groups"} if normed else {},
         constraints=("even_head_dim",),
         requires={"mamba_rms_norm": normed} | ({"mamba_norm_before_gate": False} if normed else {}),
-        fields=FIELDS
-        | mamba_fields(
-            "mamba_n_heads",
-            "mamba_d_head",
-            "mamba_d_state",
-            "mamba_n_groups",
-            "mamba_d_conv",
-            "mamba_chunk_size",
-            inner="mamba_d_ssm",
-        ),
+        fields=FIELDS | BAMBA_FIELDS | {"inner": "mamba_d_ssm"},
         derived={"inner": "mamba_heads*mamba_head_dim"},
         branch_layers={},
     )

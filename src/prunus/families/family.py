@@ -65,6 +65,17 @@ ALWAYS = (
     ),
 )
 
+FIELDS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab": "vocab_size",
+}
+"""Config key of each size, as most families have it."""
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -172,17 +183,7 @@ class Family:
     further_layers: bool = False
     ignores_positions: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
-    fields: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "layers": "num_hidden_layers",
-            "hidden": "hidden_size",
-            "ffn": "intermediate_size",
-            "heads": "num_attention_heads",
-            "kv_heads": "num_key_value_heads",
-            "head_dim": "head_dim",
-            "vocab": "vocab_size",
-        }
-    )
+    fields: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
     derived: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ("*rotary_emb.inv_freq",)

@@ -4,7 +4,7 @@ Constant factors stay as they are."""
 import dataclasses
 
 from prunus.families import granitemoe
-from prunus.families._decoder import ATTENTION, FFN, Weights, mamba, mamba_fields, mamba_weights
+from prunus.families._decoder import ATTENTION, BAMBA_FIELDS, FFN, Weights, mamba, mamba_weights
 
 SHARED: Weights = {
     "shared_mlp.input_linear.weight": ("2*ffn", "hidden"),
@@ -34,16 +34,7 @@ WITH_EXPERTS = dataclasses.replace(
     gated_norms={"mamba.norm": "mamba_groups"},
     constraints=("aligned_experts", "mamba_is_expand"),
     ignores_positions=True,
-    fields={**granitemoe.FAMILY.fields, "ffn": "shared_intermediate_size"}
-    | mamba_fields(
-        "mamba_n_heads",
-        "mamba_d_head",
-        "mamba_d_state",
-        "mamba_n_groups",
-        "mamba_d_conv",
-        "mamba_chunk_size",
-        expand="mamba_expand",
-    ),
+    fields={**granitemoe.FAMILY.fields, "ffn": "shared_intermediate_size"} | BAMBA_FIELDS | {"expand": "mamba_expand"},
     per_layer_fields=("layer_types",),
 )
 
