@@ -291,6 +291,8 @@ def _pictures(report: Report) -> dict[str, Any]:
 def _importance_pictures(report: Report) -> list[pictures.Picture]:
     scores, kept, removed = report["scores"], report["kept"], _removed_layers(report)
     kept_heads = dict(zip(kept["layers"], kept["heads"], strict=True)) if kept and kept["heads"] else None
+    if kept_heads:  # nothing was removed where there was none
+        kept_heads |= {layer: list(range(len(row))) for layer, row in enumerate(scores["heads"]) if not any(row)}
     return [
         pictures.layers(scores["layers"], scores.get("leave_one_out"), removed),
         *([pictures.heads(scores["heads"], kept_heads)] if "heads" in scores else []),
