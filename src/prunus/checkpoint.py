@@ -85,7 +85,7 @@ class Checkpoint:
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        return self.tensor(f"{self.family.embedding}.weight").dtype
+        return self.stored[f"{self.family.embedding}.weight"].parts().dtype
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -49,8 +49,14 @@ class Parts:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def whole(self) -> Tensor:
-        parts = list(self.read())
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(self.shape, dtype=self.dtype)
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        start = 0
+        for part in self.read():
+            if part.shape == whole.shape:
+                return part
+            whole[start : start + len(part)] = part
+            start += len(part)
+        return whole
 
     def numbered(self) -> Iterator[tuple[slice, Tensor]]:
         """Each part with the rows that it holds."""
