@@ -9,8 +9,9 @@ from conftest import for_each_kind
 
 from prunus import experts, hardware
 from prunus.layerwise import Returned, branches_of, gram, has, layers_of
-from prunus.measure import HEADS, inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
+from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
+from prunus.weight_norms import HEADS
 
 
 def hidden_states(teacher, blocks):

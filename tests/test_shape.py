@@ -16,7 +16,7 @@ LAYERS = """
     errors dims architecture families.family families._decoder families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
     packing experts weights storage checks checkpoint source documents text scores
-    measure importance selection repair refit prune vocabulary
+    weight_norms measure importance selection repair refit prune vocabulary
     row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step distill trackers
     budget search formats pictures verdict report

@@ -276,7 +276,7 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     layout = cost.layout(family, stored)
     sizes = sizes.only(family.sizes(formula for formulas in layout.values() for formula in formulas))
     opened = Checkpoint(folder, name, config, family, sizes, stored, layout)
-    checks.complete(name, opened.skeleton(torch.float32), stored)
+    checks.complete(name, opened.skeleton(torch.float32), stored)  # of any type: it is not known without an embedding
     return opened
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import dims, experts, hardware, layerwise
+from prunus import experts, hardware, layerwise
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.families import Family
@@ -24,18 +24,13 @@ from prunus.head import head_of
 from prunus.layerwise import TokenBlocks
 from prunus.scores import load_tensors, save_tensors
 from prunus.source import Source, opened
-from prunus.weights import Parts
+from prunus.weight_norms import HEADS, weight_norms
 
 BATCH_BLOCKS = 4
 GRAM_TOKENS = 8192
 """Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
 SOLVED_COLUMNS = 1024
 """Columns of a triangular inverse that are in memory at once."""
-WEIGHED_AXES = (
-    *("heads", "kv_heads", "ffn", "shared_ffn", "experts", "q_rank", "kv_rank"),
-    *("linear_heads", "mamba_heads", "mamba_head_dim", "state"),
-)
-HEADS = ("heads", "mamba_heads", "linear_heads")
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 
@@ -131,7 +126,7 @@ def _collect(
     return Statistics(
         reductions=signals | {"output/hidden": torch.stack([*read, final.total], dim=2).cpu()},
         energies=energies | {family.final_norm: final_energy.cpu()},
-        sums=sums | latents | {"energy/hidden": hidden} | _weight_norms(teacher),
+        sums=sums | latents | {"energy/hidden": hidden} | weight_norms(teacher),
         inverse_gram=_stacked([layer.inverse_gram for layer in passes], absent=1.0),
         num_blocks=len(blocks),
         num_tokens=tokens,
@@ -320,84 +315,6 @@ def inverse_diagonal(gram_FF: Tensor, *, damping: float = 0.01) -> Tensor:
         solved = torch.linalg.solve_triangular(factor_FF[start:, start:], columns, upper=False)
         squared_F[start:stop] = solved.square_().sum(0)
     return squared_F
-
-
-def _weight_norms(teacher: Checkpoint) -> dict[str, Tensor]:
-    """Squared norms of the weights that belong to each part of each axis, and of what they write (see `Statistics`)."""
-    family, sizes = teacher.family, teacher.architecture
-    norms = {f"weight/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in WEIGHED_AXES if axis in sizes}
-    norms["weight/hidden"] = torch.zeros(sizes.hidden)
-    writes = {
-        f"{branch.write}.weight": branch.inner
-        for branch in family.branches
-        if branch.inner not in HEADS and branch.write
-    }
-    norms |= {f"write/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in set(writes.values()) if axis in sizes}
-    if "expert_ffn" in sizes:
-        shape = (sizes.layers, sizes.experts, sizes.expert_ffn)
-        norms |= {f"{kind}/expert_ffn": torch.zeros(shape) for kind in ("weight", "write")}
-    for name, tensor in teacher.tensors():
-        formulas, (layer, local) = teacher.layout[name], family.split(name)
-        if len(formulas) == 2:
-            squares = _squares(tensor)
-            _add_matrix(norms, squares, formulas, layer, sizes)
-            if layer is not None and local in writes:
-                norms[f"write/{writes[local]}"][layer] += squares[formulas.index(writes[local])]
-        elif formulas[0] == "experts" and len(formulas) == 3 and layer is not None:
-            for rows, part in tensor.numbered():
-                _add_experts(norms, part, formulas, layer, rows, sizes, writes=local.endswith(experts.WRITE))
-    return norms
-
-
-def _add_matrix(
-    norms: Mapping[str, Tensor],
-    squares: tuple[Tensor, Tensor],
-    formulas: tuple[str, ...],
-    layer: int | None,
-    sizes: Architecture,
-) -> None:
-    for along, formula in zip(squares, formulas, strict=True):
-        if formula == "hidden":
-            norms["weight/hidden"].add_(along)
-        for axis in dims.names(formula) & set(WEIGHED_AXES):
-            if layer is not None:
-                owner = dims.owner(formula, sizes, axis)
-                norms[f"weight/{axis}"][layer].index_add_(0, owner[owner >= 0], along[owner >= 0])
-
-
-def _add_experts(
-    norms: Mapping[str, Tensor],
-    part: Tensor,
-    formulas: tuple[str, ...],
-    layer: int,
-    rows: slice,
-    sizes: Architecture,
-    *,
-    writes: bool,
-) -> None:
-    """Of some experts' weights, [E, O, K] or [E, K, O]."""
-    squares = part.to(torch.float32, copy=True).square_()
-    norms["weight/experts"][layer, rows] += squares.sum((1, 2))
-    for dim, formula in enumerate(formulas[1:], start=1):
-        along = squares.sum(3 - dim)
-        if formula == "hidden":
-            norms["weight/hidden"].add_(along.sum(0))
-            continue
-        neurons = torch.zeros(len(along), sizes.expert_ffn)
-        neurons.index_add_(1, dims.owner(formula, sizes, "expert_ffn"), along)
-        norms["weight/expert_ffn"][layer, rows] += neurons
-        if writes:
-            norms["write/expert_ffn"][layer, rows] += neurons
-
-
-def _squares(tensor: Parts) -> tuple[Tensor, Tensor]:
-    """Squared norms of a matrix's rows, and of its columns."""
-    rows, columns = (torch.zeros(size) for size in tensor.shape)
-    for place, part in tensor.numbered():
-        squares = part.to(torch.float32, copy=True).square_()
-        rows[place] = squares.sum(1)
-        columns += squares.sum(0)
-    return rows, columns
 
 
 @torch.no_grad()

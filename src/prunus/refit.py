@@ -168,8 +168,9 @@ class _BranchFit:
         if self.branch.experts:
             theirs, mine = (experts.of(layer, self.branch.experts) for layer in (self.source, self.layer))
             name = experts.read_of(mine)
-            for place, expert in enumerate(self.kept.inner["experts"][self.number]):
-                kept_OH = experts.joined(theirs, name, expert)[self._neurons(name, place)]
+            origin, neurons = self.kept.inner["experts"][self.number], self._neurons(name)
+            for place, (expert, rows) in enumerate(zip(origin, neurons, strict=True)):
+                kept_OH = experts.joined(theirs, name, expert)[rows]
                 fitted = solved(kept_OH, experts.joined(mine, name, place), biased=mine.has_bias)
                 experts.put(mine, name, place, fitted)
 
@@ -181,9 +182,9 @@ class _BranchFit:
         origin, hidden = self.kept.inner["experts"][self.number], torch.tensor(self.kept.hidden)
 
         def fit(routed: experts.Routed) -> None:
-            teacher_NH_here = teacher_NH[routed.tokens_N]
             expert = origin[routed.expert]
-            targets_NH = experts.written(theirs, expert, experts.inner(theirs, expert, teacher_NH_here))
+            inner_NF = experts.inner(theirs, expert, teacher_NH[routed.tokens_N])
+            targets_NH = experts.written(theirs, expert, inner_NF)
             weight_N1 = routed.weight_N[:, None].to(targets_NH.dtype)
             inputs_NF = routed.inner_NF if not mine.has_bias else _with_ones(routed.inner_NF)
             inputs_NF = inputs_NF * weight_N1
@@ -197,13 +198,13 @@ class _BranchFit:
         with experts.observed(mine, fit):
             self.layer.get_submodule(self.branch.module)(student_NK[None])
 
-    def _neurons(self, name: str, place: int) -> Tensor:
-        """Which outputs of the experts' first weight the student's expert `place` keeps."""
+    def _neurons(self, name: str) -> Tensor:
+        """Which outputs of their first weight the student's experts keep, int64 [E, O]."""
         units = self.family.layer_weights[f"{self.branch.experts}.{name}"]
         formula = next(unit for unit in units if "expert_ffn" in unit)
         index = self.kept.index(formula, self.number, self.sizes)
         assert index is not None
-        return index[place]
+        return index
 
 
 @dataclass

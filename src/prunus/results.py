@@ -259,10 +259,11 @@ def _scores(run: Run) -> dict[str, Any]:
         else None,
         "hidden": scores["hidden"].tolist(),
         **({"heads": scores["heads"].tolist()} if "heads" in scores.axes else {}),
-    } | {
-        axis: {"quantiles": torch.quantile(scores[axis], levels, dim=1).T.tolist()}
-        for axis in ("ffn",)
-        if axis in scores.axes
+        **(
+            {"ffn": {"quantiles": torch.quantile(scores["ffn"], levels, dim=1).T.tolist()}}
+            if "ffn" in scores.axes
+            else {}
+        ),
     }
 
 

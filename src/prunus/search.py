@@ -156,7 +156,6 @@ def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Arc
     """Legal architectures with the fewest neurons of the kind that fills them up."""
     least = _least(filler, family, teacher)
     options = {axis: _options(teacher, axis) for axis in teacher.axes() if axis not in (filler, "heads", "top_k")}
-    options |= {axis: [teacher[axis]] for axis in family.uncut if axis in options}
     if "heads" in teacher:
         options["per_group"] = list(range(teacher.heads // teacher.kv_heads, 0, -1))
     while math.prod(map(len, options.values())) > MOST_COMBINATIONS:
@@ -204,7 +203,8 @@ def _filled(
     sizes = {int(room // step) * step, int(room // step + 1) * step}
     if abs(teacher[filler] - room) * per_neuron <= tolerance * budget.target:
         sizes.add(teacher[filler])
-    return [base.replace(**{filler: size}) for size in sorted(sizes) if 1 <= size <= teacher[filler]]
+    filled = [base.replace(**{filler: size}) for size in sorted(sizes) if 1 <= size <= teacher[filler]]
+    return [candidate for candidate in filled if not family.illegal(candidate)]
 
 
 def _alignment(size: int, share: float) -> int:

@@ -15,7 +15,7 @@ from prunus.errors import BudgetUnreachable
 from prunus.families import Family
 from prunus.scores import Scores
 
-PLAIN_AXES = {"ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state", "linear_heads"}
+PLAIN_AXES = ("ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state", "linear_heads")
 """Axes of a layer whose parts are chosen one by one."""
 
 
@@ -60,9 +60,6 @@ def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> 
         for axis, size in target.axes().items()
         if size > teacher[axis]
     ]
-    reasons += [
-        f"{axis}={target[axis]}: {why}" for axis, why in family.uncut.items() if target.get(axis) != teacher.get(axis)
-    ]
     reasons += family.illegal(target)
     if not reasons and "heads" in target and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
         reasons.append(
@@ -94,9 +91,10 @@ def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:
     """Keep what scores highest; query heads within their key-value group, and experts within the router's groups, so
     that these stay equal."""
     layers = sorted(ranked_layers(scores)[: target.layers])
-    inner: dict[str, list[Any]] = {}
-    for axis in PLAIN_AXES & scores.axes.keys():
-        inner[axis] = [_top(scores[axis][layer], target[axis]) for layer in layers]
+    plain = [axis for axis in PLAIN_AXES if axis in scores.axes]
+    inner: dict[str, list[Any]] = {
+        axis: [_top(scores[axis][layer], target[axis]) for layer in layers] for axis in plain
+    }
     if "heads" in scores.axes:
         inner |= _heads(scores, layers, teacher, target)
     if "mamba_heads" in scores.axes:

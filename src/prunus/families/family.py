@@ -144,7 +144,6 @@ class Family:
         buffers: names of tensors that are no parameters, but stored.
         latents: axis → the norm that spans it.
         gated_norms: norm of a Mamba layer's x·silu(z) → the size that counts the groups which it norms apart.
-        uncut: axis → why it cannot be cut.
         further_layers: layers beyond the last may be stored, which predict further tokens; transformers does not load
             them, and they are left out.
         ignores_positions: its code makes masks without them, so it must be told where documents end (see `packing`).
@@ -179,7 +178,6 @@ class Family:
     buffers: tuple[str, ...] = ()
     latents: Mapping[str, str] = field(default_factory=dict)
     gated_norms: Mapping[str, str] = field(default_factory=dict)
-    uncut: Mapping[str, str] = field(default_factory=dict)
     further_layers: bool = False
     ignores_positions: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
