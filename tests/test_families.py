@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,6 +118,14 @@ def test_arch_text_lists_all_mistakes_at_once(llama):
     assert "whole number" in str(error.value)
     assert "larger than the teacher" in str(error.value)
     assert architecture.parse("ffn=24", llama.architecture) == llama.architecture.replace(ffn=24)
+
+
+def test_arch_text_of_experts(tmp_path):
+    sizes = tiny_model("qwen2_moe", tmp_path).architecture
+    assert architecture.parse("experts=1", sizes).top_k == 1
+    assert architecture.parse("experts=4,top_k=1", sizes) == sizes.replace(experts=4, top_k=1)
+    with pytest.raises(BadRecipe, match="top_k=2 of 1 experts"):
+        architecture.parse("experts=1,top_k=2", sizes)
 
 
 def test_flops_of_a_llama_by_hand(llama):

@@ -147,7 +147,8 @@ def parse(text: str, teacher: Architecture) -> Architecture:
     """`hidden=512,ffn=1024` → the teacher with those sizes replaced.
 
     Raises:
-        BadRecipe: unknown axis (with a suggestion), not a whole number, or larger than the teacher; all at once.
+        BadRecipe: unknown axis (with a suggestion), not a whole number, larger than the teacher, or more experts for a
+            token than there are; all at once.
     """
     mistakes, sizes, axes = [], {}, teacher.axes()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -162,6 +163,9 @@ def parse(text: str, teacher: Architecture) -> Architecture:
             mistakes.append(f"arch: {axis}={value} is larger than the teacher's {teacher[axis]}; pruning only removes")
         else:
             sizes[axis] = int(value)
+    experts = sizes.get("experts", teacher.get("experts", 0))
+    if sizes.get("top_k", 0) > experts > 0:
+        mistakes.append(f"arch: top_k={sizes['top_k']} of {experts} experts; a token is sent to no more than there are")
     if mistakes:
         raise BadRecipe("\n".join(mistakes))
     return teacher.replace(**sizes)
