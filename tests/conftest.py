@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command line does; read when torch is loaded
 
+import copy
 import json
 import random
 from dataclasses import dataclass
@@ -15,7 +16,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 import prunus as pr
 from prunus import checks, cli
@@ -94,6 +101,44 @@ OWN = {
     "gptj": {"rotary_dim": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
 }  # fmt: skip
+CLIP = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+QWEN_VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4,
+}  # fmt: skip
+QWEN_TOKENS = {
+    "image_token_id": 96, "video_token_id": 95, "vision_start_token_id": 94, "vision_end_token_id": 93,
+}  # fmt: skip
+MULTIMODAL_ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+VISION = {
+    "llava": {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, **CLIP},
+              "image_token_index": 96},
+    "idefics3": {"vision_config": CLIP | {"patch_size": 7}, "scale_factor": 2, "image_token_id": 96},
+    "smolvlm": {"vision_config": CLIP | {"patch_size": 7}, "scale_factor": 2, "image_token_id": 96},
+    "gemma3": {"vision_config": CLIP, "mm_tokens_per_image": 4, "image_token_index": 96,
+               "tie_word_embeddings": True},
+    "qwen2_5_vl": {"vision_config": QWEN_VISION | {"depth": 2, "fullatt_block_indexes": [1], "window_size": 16},
+                   **QWEN_TOKENS},
+    "qwen3_vl": {"vision_config": QWEN_VISION | {"depth": 3, "deepstack_visual_indexes": [0, 1],
+                                                 "num_position_embeddings": 16}, **QWEN_TOKENS},
+}  # fmt: skip
+"""Of models that see: what stands beside the config of the decoder."""
+TEXT = {
+    "llava": {"model_type": "llama"},
+    "idefics3": {"model_type": "llama"},
+    "smolvlm": {"model_type": "llama"},
+    "gemma3": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen2_5_vl": MULTIMODAL_ROPE,
+    "qwen3_vl": MULTIMODAL_ROPE,
+}
+"""… and what stands in it."""
+VISION_TOKEN = 96
 VARIANTS = {
     "deepseek_v3, without a query latent": {"q_lora_rank": None},
     "deepseek_v2, without a query latent": {"q_lora_rank": None},
@@ -105,7 +150,7 @@ VARIANTS = {
 """Values of a type's other variants, by its name and theirs."""
 KINDS = (
     *("llama", "gemma3_text", "phi3", "olmo2", "gpt_neox", "gpt2", "falcon", "cohere2", "qwen2_moe", "gpt_oss"),
-    *("deepseek_v3", "qwen3_next", "mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"),
+    *("deepseek_v3", "qwen3_next", "mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "gemma3", "qwen3_vl"),
 )
 """One type of each kind of layers; what depends on the kind alone is tested on these."""
 for_each_kind = pytest.mark.parametrize("family_name", KINDS, indirect=True, scope="session")
@@ -140,18 +185,8 @@ def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
     """A random model whose activations are of the order of 1, so that no error hides under a norm's epsilon."""
     torch.manual_seed(0)
     model_type = family.partition(",")[0]
-    default = AutoConfig.for_model(model_type)
-    known = default.to_dict().keys() | default.attribute_map.keys()
-    own = {key: value for key, value in {**EPSILONS, **EXPERTS}.items() if key in known}
-    values = SIZES | own | OWN.get(model_type, {}) | VARIANTS.get(family, {}) | changes
-    fields = family_of(model_type, SimpleNamespace(**default.to_dict() | values)).fields
-    for size, usual in FIELDS.items():  # by the names that the family has for them
-        if usual not in fields.values() and usual in values:
-            value, own_name = values.pop(usual), fields.get(size)
-            if own_name in known and not (size == "kv_heads" and own_name == fields["heads"]):
-                values[own_name] = value
-    config = AutoConfig.for_model(model_type, **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = tiny_config(family, **changes)
+    model = builder(model_type).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
@@ -163,6 +198,50 @@ def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
                 buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)
     return pr.load(folder)
+
+
+def builder(model_type: str) -> type:
+    """What makes a model of this type from a config or a folder."""
+    return AutoModelForImageTextToText if model_type in VISION else AutoModelForCausalLM
+
+
+def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
+    model_type = family.partition(",")[0]
+    if model_type in VISION:
+        text = SIZES | EPSILONS | TEXT[model_type] | changes
+        others = copy.deepcopy(VISION[model_type])
+        if "depth" in others["vision_config"]:
+            others["vision_config"]["out_hidden_size"] = text["hidden_size"]
+        return AutoConfig.for_model(model_type, text_config=text, **others)
+    default = AutoConfig.for_model(model_type)
+    known = default.to_dict().keys() | default.attribute_map.keys()
+    own = {key: value for key, value in {**EPSILONS, **EXPERTS}.items() if key in known}
+    values = SIZES | own | OWN.get(model_type, {}) | VARIANTS.get(family, {}) | changes
+    fields = family_of(model_type, SimpleNamespace(**default.to_dict() | values)).fields
+    for size, usual in FIELDS.items():  # by the names that the family has for them
+        if usual not in fields.values() and usual in values:
+            value, own_name = values.pop(usual), fields.get(size)
+            if own_name in known and not (size == "kv_heads" and own_name == fields["heads"]):
+                values[own_name] = value
+    return AutoConfig.for_model(model_type, **values)
+
+
+def seen(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """What a model that sees is given of an image of four tokens between text; nothing for others."""
+    if config.model_type not in VISION:
+        return {}
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, 93, (1, 20), generator=generator)
+    tokens[0, 5:9] = VISION_TOKEN
+    kinds = (tokens == VISION_TOKEN).long()
+    if config.model_type.startswith("qwen"):
+        patches = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
+        return {"input_ids": tokens, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]]),
+                "mm_token_type_ids": kinds}  # fmt: skip
+    pixels = torch.randn(1, 3, 28, 28, generator=generator)
+    if "idefics" in config.model_type or config.model_type == "smolvlm":
+        return {"input_ids": tokens, "pixel_values": pixels[None]}
+    return {"input_ids": tokens, "pixel_values": pixels}
 
 
 SENTENCE = "the a cat dog tree house river sees likes finds old red small big quickly slowly and or in on under"

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import builder, tiny_model
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import prunus as pr
 from prunus import architecture, cost, dims
@@ -25,7 +25,7 @@ def test_counted_parameters_are_the_real_ones(teacher):
 
 
 def test_every_parameter_has_a_rule_and_every_rule_a_known_unit(teacher):
-    assert all(teacher.family.units(name) for name, _ in teacher.module().named_parameters())
+    assert all(teacher.family.units(name, value.shape) for name, value in teacher.module().named_parameters())
     formulas = {formula for formulas in teacher.layout.values() for formula in formulas}
     assert {name for formula in formulas for name in dims.names(formula)} <= set(teacher.architecture)
 
@@ -55,12 +55,16 @@ def test_legality_is_what_the_config_class_says(teacher, sizes, legal):
         assert teacher.family.illegal(target)
         return
     config = architecture.to_config(
-        teacher.config.to_dict(), target, fields=teacher.family.fields, kept_layers=range(target.layers)
+        teacher.config.to_dict(),
+        target,
+        fields=teacher.family.fields,
+        kept_layers=range(target.layers),
+        nested=teacher.family.nested,
     )
 
     def accepted() -> bool:
         try:
-            AutoModelForCausalLM.from_config(type(teacher.config).from_dict(config))
+            builder(teacher.config.model_type).from_config(type(teacher.config).from_dict(config))
         except (StrictDataclassError, ValueError):
             return False
         return True
@@ -92,12 +96,15 @@ def test_per_layer_fields_follow_the_kept_layers(teacher):
         kept_layers=[1, 3],
         per_layer_fields=teacher.family.per_layer_fields,
         layer_count_fields=teacher.family.layer_count_fields,
+        nested=teacher.family.nested,
     )
+    if teacher.family.nested:
+        config, cut = config[teacher.family.nested], cut[teacher.family.nested]
     for key in teacher.family.per_layer_fields:
         assert cut[key] == [config[key][1], config[key][3]]
     for key in teacher.family.layer_count_fields:
         assert cut[key] == sum(layer < config[key] for layer in (1, 3))
-    assert type(teacher.config).from_dict(cut).num_hidden_layers == 2
+    assert type(teacher.family.text(teacher.config)).from_dict(cut).num_hidden_layers == 2
 
 
 def test_old_configs_mean_hidden_by_heads():

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import KINDS, tiny_model
 from transformers import PreTrainedModel
 
 from prunus import hardware, layerwise
 from prunus.checkpoint import Checkpoint
-from prunus.families import known_families
 from prunus.frozen import Frozen, freeze, is_frozen
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -21,11 +20,11 @@ needs_bfloat16 = pytest.mark.skipif(
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, blocks: int, tokens: int) -> torch.Tensor:
-    return model(torch.arange(blocks * tokens).view(blocks, tokens) % model.config.vocab_size).logits
+    return model(torch.arange(blocks * tokens).view(blocks, tokens) % model.config.get_text_config().vocab_size).logits
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("family", known_families())
+@pytest.mark.parametrize("family", KINDS)
 def test_same_bits_for_any_number_of_tokens(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path).module(torch.bfloat16)
     frozen = freeze(copy.deepcopy(model))

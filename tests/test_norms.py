@@ -96,7 +96,7 @@ def test_every_norm_of_a_model_is_replaced_and_can_be_put_back(family: str, tmp_
         pytest.skip("LayerNorm")
     model = tiny_model(family, tmp_path / "model").module()
     found = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    assert len(found) > model.config.num_hidden_layers
+    assert len(found) > model.config.get_text_config().num_hidden_layers
     assert all(isinstance(module, norms.Fast) for module in found)
     tokens = torch.randint(0, 97, (1, 20))
     ours = model(input_ids=tokens).logits

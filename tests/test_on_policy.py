@@ -5,11 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import KINDS, tiny_model
 from test_distill import FAST, curve, setting, trained, weights  # noqa: F401  (a fixture)
 
 from prunus.errors import BadData
-from prunus.families import known_families
 from prunus.on_policy import continued, is_due, seeds
 
 LENGTH, PROMPT = 40, 20
@@ -24,7 +23,7 @@ def text(rows):
     return torch.randint(0, 96, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", known_families())
+@pytest.mark.parametrize("family", KINDS)
 def test_samples_from_the_student_without_a_cache_are_the_same(family, tmp_path):
     model = tiny_model(family, tmp_path / "model").module()
     tokens, _, _ = continued(model, text(2), seeds=[3, 4])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, WORDS, add_tokenizer, make_text, small_flags, tiny_model
-from transformers import AutoModelForCausalLM
+from conftest import SMALL, WORDS, add_tokenizer, make_text, seen, small_flags, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prunus import hardware, recipe
 from prunus.checkpoint import Checkpoint, load
@@ -63,6 +63,27 @@ def test_layers_of_several_kinds_go_through_all_stages(family, corpus, tmp_path)
         if family_of(family).split(name)[1] in family_of(family).buffers:
             assert torch.equal(student.tensor(name), load(made.root / "3-pruned").tensor(name))
     assert "experts" in (made.root / "report.html").read_text()
+
+
+def test_what_sees_goes_through_all_stages_as_it_is(corpus, tmp_path):
+    teacher = tiny_model("smolvlm", tmp_path / "model")
+    add_tokenizer(teacher.folder)
+    (teacher.folder / "preprocessor_config.json").write_text("{}")
+    made = compress(make_recipe(teacher.folder, corpus, tmp_path / "run", params="0.75x"))
+    student = load(made.root / "4-distilled")
+    assert student.parameters == pytest.approx(0.75 * teacher.parameters, rel=0.01)
+    assert (student.folder / "preprocessor_config.json").is_file()
+    tower = [name for name in teacher.stored if name.startswith("model.vision_model.")]
+    assert tower
+    assert all(torch.equal(student.tensor(name), teacher.tensor(name)) for name in tower)
+    connector = student.tensor("model.connector.modality_projection.proj.weight")
+    assert torch.equal(
+        connector, load(made.root / "3-pruned").tensor("model.connector.modality_projection.proj.weight")
+    )
+    model = AutoModelForImageTextToText.from_pretrained(student.folder)
+    with torch.no_grad():
+        assert model(**seen(model.config)).logits.isfinite().all()
+    assert "vision" in json.loads((made.root / "5-report.json").read_text())["student"]["parameters_by_group"]
 
 
 def test_a_second_call_changes_nothing(run):

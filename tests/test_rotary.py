@@ -37,7 +37,7 @@ def test_only_halves_are_turned_so() -> None:
 @pytest.mark.parametrize("family", known_families())
 def test_a_model_computes_the_same_with_and_without(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path / "model").module(torch.float32)
-    tokens = torch.randint(model.config.vocab_size, (2, 9))
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (2, 9))
     installed = sum(isinstance(module, faster.Faster) for module in model.modules())
     ours = model(tokens).logits
     with hardware.plain([model]):
@@ -50,7 +50,7 @@ def test_a_model_computes_the_same_with_and_without(family: str, tmp_path: Path)
 @torch.no_grad()
 def test_torch_compile_sees_the_plain_function(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path / "model").module(torch.float32)
-    tokens = torch.randint(model.config.vocab_size, (2, 9))
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (2, 9))
     plain = model(tokens).logits
     for layer in layers_of(model):
         layer.compile(backend="aot_eager", fullgraph=True)

@@ -64,5 +64,5 @@ def test_neither_packing_nor_the_split_nor_the_chunk_changes_a_gradient(family, 
     for dtype, tolerance in ((torch.float32, exact), (torch.bfloat16, 0.02)):
         found = [losses_and_gradients(teacher, student, blocks, dtype, **rest) for blocks, rest in ways.values()]
         for loss, gradient in found[1:]:
-            assert loss == pytest.approx(found[0][0], rel=tolerance)
-            assert (gradient - found[0][1]).norm() < tolerance * found[0][1].norm()
+            assert loss == pytest.approx(found[0][0], rel=tolerance, abs=1e-7)
+            assert (gradient - found[0][1]).norm() < tolerance * found[0][1].norm() + 1e-7

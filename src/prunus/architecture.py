@@ -120,6 +120,8 @@ def to_config(
     per_layer_fields: Iterable[str] = (),
     layer_count_fields: Iterable[str] = (),
     others: Mapping[str, Any] | None = None,
+    nested: str | None = None,
+    other_fields: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The config of the cut model.
 
@@ -131,7 +133,24 @@ def to_config(
         per_layer_fields: keys that hold one entry per layer; entries of removed layers are dropped.
         layer_count_fields: keys that hold "the first n layers"; n is recounted among the kept layers.
         others: more keys and their values.
+        nested: key under which all these stand; None where they stand in `config` itself.
+        other_fields: "section.key" beside it → a size that stands there too.
     """
+    if nested:
+        inner = to_config(
+            config[nested],
+            target,
+            fields=fields,
+            kept_layers=kept_layers,
+            per_layer_fields=per_layer_fields,
+            layer_count_fields=layer_count_fields,
+            others=others,
+        )
+        whole = {**config, nested: inner}
+        for path, size in (other_fields or {}).items():
+            section, key = path.split(".")
+            whole[section] = {**whole[section], key: target[size]}
+        return whole
     cut = {**config, **(others or {})}
     cut |= {key: target[size] for size, key in fields.items() if size in target}
     for key in per_layer_fields:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -45,7 +47,7 @@ RELOADED_BYTES = 1024**3
 may not fit in memory, only names and shapes."""
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
 COPIED_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-                "chat_template*", "merges.txt", "vocab*", "LICENSE*"]  # fmt: skip
+                "chat_template*", "merges.txt", "vocab*", "*processor_config.json", "LICENSE*"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Checkpoint:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
         with _quiet():
             config = without_dropout(self.config)
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype or self.dtype, config=config)
+            model = _builder(self.family).from_pretrained(self.folder, dtype=dtype or self.dtype, config=config)
         if self.family.ignores_positions:
             packing.separate(model)
         return hardware.place(model, device=device).eval()
@@ -132,11 +134,17 @@ class Checkpoint:
 
 def from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A transformers model with random weights, in evaluation mode."""
+    family = family_of(config.model_type, config)
     with _quiet():
-        model = AutoModelForCausalLM.from_config(without_dropout(config), dtype=dtype)
-    if family_of(config.model_type, config).ignores_positions:
+        model = _builder(family).from_config(without_dropout(config), dtype=dtype)
+    if family.ignores_positions:
         packing.separate(model)
     return model.eval()
+
+
+def _builder(family: Family) -> Any:
+    """What makes a model of this family."""
+    return AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -273,7 +281,7 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     if family.further_layers:
         stored = {tensor: place for tensor, place in stored.items() if (family.split(tensor)[0] or 0) < sizes.layers}
     checks.rules(name, family, sizes, stored)
-    layout = cost.layout(family, stored)
+    layout = cost.layout(family, {tensor: place.shape for tensor, place in stored.items()})
     sizes = sizes.only(family.sizes(formula for formulas in layout.values() for formula in formulas))
     opened = Checkpoint(folder, name, config, family, sizes, stored, layout)
     checks.complete(name, opened.skeleton(torch.float32), stored)  # of any type: it is not known without an embedding

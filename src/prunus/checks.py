@@ -40,7 +40,7 @@ def readable(name: str, raw: Mapping[str, Any]) -> None:
 def variant(name: str, family: Family, config: PreTrainedConfig) -> None:
     """Refuse a model whose layers compute something else than its family file says."""
     for key, value in family.requires.items():
-        if (found := getattr(config, key, value)) != value:
+        if (found := getattr(family.text(config), key, value)) != value:
             raise UnsupportedModel(
                 f"{name}: {key} is {found} in config.json; of {family.model_type} only models with {value} are "
                 "supported, because the others read the residual stream otherwise"
@@ -63,7 +63,7 @@ def tied(name: str, family: Family, stored: Mapping[str, Stored]) -> None:
 
 def rules(name: str, family: Family, architecture: Architecture, stored: Mapping[str, Stored]) -> None:
     """Every tensor is covered by a rule and has the shape that the config says."""
-    uncovered = [tensor for tensor in stored if family.units(tensor) is None]
+    uncovered = [tensor for tensor, found in stored.items() if family.units(tensor, found.shape) is None]
     if uncovered:
         raise UnsupportedModel(
             f"{name}: the family {family.model_type!r} has no rule for {len(uncovered)} tensors, such as "
@@ -72,7 +72,7 @@ def rules(name: str, family: Family, architecture: Architecture, stored: Mapping
     wrong = {
         tensor: found.shape
         for tensor, found in stored.items()
-        if found.shape != tuple(dims.size(unit, architecture) for unit in family.units(tensor) or ())
+        if found.shape != tuple(dims.size(unit, architecture) for unit in family.units(tensor, found.shape) or ())
     }
     if wrong:
         tensor, shape = next(iter(wrong.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prunus import dims
@@ -16,19 +16,21 @@ Kind = Mapping[str, tuple[str, str]]
 """Part of the model → formulas (see `dims`) of its values, and of those that one token has to do with."""
 
 
-def layout(family: Family, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Units of every tensor; the family must cover them all."""
-    units = {name: family.units(name) for name in tensors}
+def layout(family: Family, tensors: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, ...]]:
+    """Units of every tensor, by its shape; the family must cover them all."""
+    units = {name: family.units(name, shape) for name, shape in tensors.items()}
     assert all(units.values()), "the checkpoint is validated when it is opened"
     return {name: formulas for name, formulas in units.items() if formulas}
 
 
 def group_of(family: Family, tensor: str, units: tuple[str, ...]) -> str:
-    """The part of the model that a tensor belongs to: embedding, head, attention, ffn, experts, norms, buffers."""
+    """The part of the model that a tensor belongs to: a branch, embedding, head, norms, vision or buffers."""
     layer, name = family.split(tensor)
     module = name.rpartition(".")[0]
     if name in family.buffers:
         return "buffers"
+    if layer is None and name.startswith(family.vision):
+        return "vision"
     if layer is None:
         return {family.embedding: "embedding", family.head: "head"}.get(module, "norms")
     owner = next((branch for branch in family.branches if branch.owns(module)), None)

@@ -133,6 +133,7 @@ def distill(
     # 1. The teacher, and a student in `dtype` with float32 masters.
     source = _opened(teacher, dtype, device)
     model = _start(student, random_init, settings.seed, device)
+    _keep_vision(model, student)
     losses = Losses(model, source, blocks, settings, pairs, state.micro_blocks, state.chunk_tokens)
     masters = _masters(losses, dtype)
     if gradient_checkpointing:
@@ -189,7 +190,7 @@ def distill(
     saver.settle()
     record = training_record(schedule, state, state.seconds + time.monotonic() - started)
     tensors = masters.weights(student.dtype, prefix=STUDENT)
-    tensors |= {name: student.tensor(name) for name in student.stored if name not in tensors}  # buffers
+    tensors |= {name: student.tensor(name) for name in student.stored if name not in tensors}  # not trained
 
     def write() -> None:
         save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
@@ -291,6 +292,13 @@ def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.devi
         torch.manual_seed(seed)
         model = from_config(student.config, torch.float32)
     return hardware.place(model, device=device)
+
+
+def _keep_vision(model: PreTrainedModel, student: Checkpoint) -> None:
+    """Text says nothing of what a vision tower should see; without this weight decay alone would change it."""
+    for name, value in model.named_parameters():
+        if name.startswith(student.family.vision):
+            value.requires_grad_(False)
 
 
 def _is_bad(point: dict[str, Any], curve: list[dict[str, Any]]) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunus import hardware
+from prunus import hardware, layerwise
 from prunus.errors import BadCheckpoint, BadData
 from prunus.head import head_of
 from prunus.text import Blocks, targets
@@ -214,7 +214,7 @@ def _hidden(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor, mas
     Without an attention mask, transformers reads the documents' borders from the positions and keeps them apart.
     """
     device = model.device
-    body = model.get_decoder()(
+    body = layerwise.body_of(model)(
         input_ids=tokens_BS.to(device), position_ids=positions_BS.to(device), attention_mask=None, use_cache=False
     )
     return body.last_hidden_state[mask_BS.to(device)]
@@ -260,7 +260,8 @@ def _check_same_vocabulary(models: Mapping[str, PreTrainedModel], teacher: PreTr
 
 def _prefill_and_decode_seconds(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
-    prompt_1S = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
+    vocab = model.config.get_text_config().vocab_size
+    prompt_1S = torch.randint(vocab, (1, prompt_tokens), generator=generator).to(model.device)
     steps = _greedy(model, prompt_1S)
     times = []
     start = time.perf_counter()
@@ -294,5 +295,7 @@ def _continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:
-    ends = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    ends = (
+        model.generation_config.eos_token_id if model.generation_config else model.config.get_text_config().eos_token_id
+    )
     return set(ends) if isinstance(ends, list) else {ends}

@@ -48,10 +48,11 @@ class Head:
 def head_of(model: PreTrainedModel) -> Head:
     """A transformers model's output head."""
     module = model.get_output_embeddings()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    factors = (getattr(model.config, key, None) for key in FACTORS)
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    factors = (getattr(config, key, None) for key in FACTORS)
     scale = math.prod(factor for factor in factors if factor is not None)
-    divisor = getattr(model.config, DIVISOR, None) or 1.0
+    divisor = getattr(config, DIVISOR, None) or 1.0
     return Head(module.weight, getattr(module, "bias", None), softcap, scale / divisor)
 
 

@@ -109,7 +109,7 @@ def projectors(
     """For each pair the linear map [H → E] that fits the teacher's states best on these tokens, float32."""
     layers, others = zip(*pairs.layers, strict=True)
     with captured(student, layers) as mine, captured(teacher.model, others) as theirs:
-        student.base_model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+        layerwise.body_of(student)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
         teacher(tokens_BS, positions_BS)
     maps = nn.ModuleList()
     for layer, other in pairs.layers:

@@ -79,10 +79,17 @@ class _Recorder(nn.Module):
         return stream_BSH.as_subclass(Returned)
 
 
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model without its head, and without what sees or hears."""
+    body: PreTrainedModel = model.get_decoder()
+    return body
+
+
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    body = body_of(model)
+    count = body.config.num_hidden_layers
+    return next(module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -113,14 +120,14 @@ def enter(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor) -> Ba
     model's own code, whatever the family.
     """
     with _recorded(model) as recorders:
-        model.base_model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+        body_of(model)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
     stream_BSH = recorders[0].stream_BSH
     assert stream_BSH is not None
     return Batch(stream_BSH, [recorder.inputs for recorder in recorders])
 
 
 def enter_all(model: PreTrainedModel, blocks: TokenBlocks, *, batch_blocks: int) -> list[Batch]:
-    device = next(model.parameters()).device
+    device = next(body_of(model).parameters()).device
     starts = range(0, len(blocks), batch_blocks)
     batches = (blocks.batch(list(range(start, min(start + batch_blocks, len(blocks))))) for start in starts)
     return [enter(model, tokens.to(device), positions.to(device)) for tokens, positions in batches]

@@ -36,7 +36,9 @@ class Training:
     Attributes:
         family, student: of the model that is trained.
         branches: branch → how many layers have it.
-        parameters, teacher_parameters: of the whole models.
+        parameters: that are trained.
+        teacher_parameters: of the whole teacher.
+        untrained: parameters of the student that stay as they are.
         block_size: tokens of a block.
         itemsize: bytes of a value in the type that is computed in.
         blocks: of a micro-batch.
@@ -53,6 +55,7 @@ class Training:
     teacher_parameters: int
     block_size: int
     itemsize: int
+    untrained: int = 0
     blocks: int = 1
     chunk_tokens: int = fused.CHUNK_TOKENS
     live_teacher: bool = True
@@ -76,7 +79,7 @@ def peak(training: Training) -> dict[str, int]:
     return {
         "teacher": here.live_teacher * here.itemsize * here.teacher_parameters // ranks,
         # In float32 the student is its own master.
-        "student": short if here.itemsize < 4 or ranks > 1 else 0,
+        "student": (short if here.itemsize < 4 or ranks > 1 else 0) + here.itemsize * here.untrained // ranks,
         "masters, gradients, Adam": 16 * here.parameters // ranks,
         "activations": int(holes * activations(here)),
         "head": int(holes * head(here)),
@@ -180,11 +183,14 @@ def training(
     ranks: int = 1,
 ) -> Training:
     """Of two opened checkpoints; without a teacher one that is cached."""
+    groups = cost.parameters_by_group(student.family, student.layout, student.architecture)
+    untrained = groups.get("vision", 0)
     return Training(
         family=student.family,
         student=student.architecture,
         branches={name: len(having) for name, having in cost.branch_layers(student.family, student.layout).items()},
-        parameters=student.parameters,
+        parameters=student.parameters - untrained,
+        untrained=untrained,
         teacher_parameters=teacher.parameters if teacher else 0,
         block_size=block_size,
         blocks=blocks,

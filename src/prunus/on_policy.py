@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from prunus import layerwise
 from prunus.evaluate import evaluation_mode
 from prunus.head import head_of
 
@@ -44,9 +45,9 @@ def continued(model: PreTrainedModel, tokens_BS: Tensor, *, seeds: Sequence[int]
     prompt = length // 2
     positions_BS = torch.arange(length, device=tokens_BS.device).expand_as(tokens_BS)
     generators = [torch.Generator(tokens_BS.device).manual_seed(seed) for seed in seeds]
-    written_BS, body = tokens_BS.clone(), model.base_model
+    written_BS, body = tokens_BS.clone(), layerwise.body_of(model)
     own_name = {"past_key_values", "cache_params"} & inspect.signature(body.forward).parameters.keys()
-    cache = {name: DynamicCache(config=model.config) for name in own_name}
+    cache = {name: DynamicCache(config=body.config) for name in own_name}
     with evaluation_mode([model]):
         for place in range(prompt, length):
             unread = slice(0, prompt) if place == prompt else slice(place - 1, place)
@@ -75,6 +76,6 @@ def _written(tokens_BS: Tensor, prompt: int, ends: Tensor) -> Tensor:
 
 def _ends(model: PreTrainedModel) -> Tensor:
     """Ids that end a text."""
-    found = model.config.eos_token_id
+    found = model.config.get_text_config().eos_token_id
     found = found if isinstance(found, list) else [] if found is None else [found]
     return torch.tensor(found, dtype=torch.int64, device=model.device)

@@ -150,7 +150,7 @@ def _search(run: Run) -> None:
         named = architecture.parse(recipe.arch, run.teacher.architecture)
         write_json(run.path("search"), results.explicit(run.teacher, named, run.scores))
         return
-    ranking = ranked_layers(run.scores)
+    ranking = ranked_layers(run.scores, run.teacher.architecture)
     budget = parse_budget(run.teacher, params=recipe.params, memory=recipe.memory, ranking=ranking)
     with console.bar("probes and candidates", unit="models") as step:
         found: Search = search(
@@ -171,7 +171,8 @@ def _search(run: Run) -> None:
 def _prune(run: Run) -> None:
     """Cut, repair, write, compare."""
     options, target = run.recipe.prune, results.chosen(run.candidates, run.teacher)
-    parameters = cost.parameters(run.teacher.family, run.teacher.layout, target, ranked_layers(run.scores))
+    ranking = ranked_layers(run.scores, run.teacher.architecture)
+    parameters = cost.parameters(run.teacher.family, run.teacher.layout, target, ranking)
     run.require_space(1.1 * parameters * run.teacher.dtype.itemsize, "the pruned model")
     with console.bar("repair", unit="layers") as step:
         prune(

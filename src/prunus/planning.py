@@ -92,7 +92,8 @@ def _memory(
     Raises:
         DoesNotFit: says what would.
     """
-    options = recipe.distill
+    options, parameters = recipe.distill, _parameters(teacher, target)
+    untrained = cost.parameters_by_group(teacher.family, teacher.layout, target).get("vision", 0)
     need = memory.Training(
         family=teacher.family,
         student=target,
@@ -100,7 +101,8 @@ def _memory(
             name: sum(layer < target.layers for layer in having)
             for name, having in cost.branch_layers(teacher.family, teacher.layout).items()
         },
-        parameters=_parameters(teacher, target),
+        parameters=parameters - untrained,
+        untrained=untrained,
         teacher_parameters=teacher.parameters,
         block_size=recipe.data.block_size,
         itemsize=hardware.compute_dtype().itemsize,

@@ -86,6 +86,8 @@ def cut(
         per_layer_fields=family.per_layer_fields,
         layer_count_fields=family.layer_count_fields,
         others={**family.fixed, **_branch_layers(family, tensors, target.layers)},
+        nested=family.nested,
+        other_fields=family.other_fields,
     )
     return Student(type(teacher.config).from_dict(config), target, tensors, kept)
 
@@ -202,7 +204,8 @@ def _correction(
     module = local.removesuffix(".weight")
     share = len(kept.hidden) / scores["hidden"].numel()
     stream_scale = math.sqrt(share) if family.scaled_embedding else 1.0
-    if any(module == branch.write and branch.post_norm is None for branch in family.branches):
+    writes = any(module == branch.write and branch.post_norm is None for branch in family.branches)
+    if writes or local in family.connectors:
         return _as_it_is if stream_scale == 1.0 else lambda part: (part.float() * stream_scale).to(part.dtype)
     energy = scores.energy(module, layer)
     if energy is None or index is None or len(index) == len(energy):

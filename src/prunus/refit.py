@@ -53,7 +53,7 @@ def repair_layers(
     batches = layerwise.enter_all(student, blocks, batch_blocks=BATCH_BLOCKS)
     walk = _TeacherWalk(teacher, family, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
-    scale = math.sqrt(len(kept.hidden) / teacher.config.hidden_size) if family.scaled_embedding else 1.0
+    scale = math.sqrt(len(kept.hidden) / walk.sizes.hidden) if family.scaled_embedding else 1.0
     hidden = torch.tensor(kept.hidden, device=student.device)
     for number, layer in enumerate(layerwise.layers_of(student)):
         source, seen = walk.next_layer(number)

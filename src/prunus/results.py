@@ -61,7 +61,7 @@ def searched(found: Search, budget: Budget) -> dict[str, Any]:
 
 def explicit(teacher: Checkpoint, target: Architecture, scores: Scores) -> dict[str, Any]:
     """2-candidates.json of an architecture that the user named."""
-    parameters = cost.parameters(teacher.family, teacher.layout, target, ranked_layers(scores))
+    parameters = cost.parameters(teacher.family, teacher.layout, target, ranked_layers(scores, teacher.architecture))
     return {
         "budget": {
             "text": f"arch {target}",

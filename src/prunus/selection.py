@@ -13,6 +13,7 @@ from prunus import dims
 from prunus.architecture import Architecture
 from prunus.errors import BudgetUnreachable
 from prunus.families import Family
+from prunus.families.family import FIRST_LAYERS
 from prunus.scores import Scores
 
 PLAIN_AXES = ("ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state", "linear_heads")
@@ -75,10 +76,11 @@ def check_legal(family: Family, teacher: Architecture, target: Architecture) -> 
         raise BudgetUnreachable(f"architecture {target} is not legal for {family.model_type}: {'; '.join(reasons)}")
 
 
-def ranked_layers(scores: Scores) -> list[int]:
-    """Layers in the order in which they stay; of equals the first. Where only some have attention one of these stays to
-    the end: transformers' cache counts tokens by it."""
+def ranked_layers(scores: Scores, teacher: Architecture) -> list[int]:
+    """Layers in the order in which they stay; of equals the first. Before all others those first ones that must stay.
+    Where only some have attention one of these stays to the end: transformers' cache counts tokens by it."""
     order: list[int] = torch.argsort(scores["layers"], descending=True, stable=True).tolist()
+    order.sort(key=lambda layer: layer >= teacher.get(FIRST_LAYERS, 0))
     if "heads" in scores.axes:
         attends = (scores["heads"] != 0).any(1)
         first = next((layer for layer in order if attends[layer]), order[0])
@@ -90,7 +92,7 @@ def ranked_layers(scores: Scores) -> list[int]:
 def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:
     """Keep what scores highest; query heads within their key-value group, and experts within the router's groups, so
     that these stay equal."""
-    layers = sorted(ranked_layers(scores)[: target.layers])
+    layers = sorted(ranked_layers(scores, teacher)[: target.layers])
     plain = [axis for axis in PLAIN_AXES if axis in scores.axes]
     inner: dict[str, list[Any]] = {
         axis: [_top(scores[axis][layer], target[axis]) for layer in layers] for axis in plain

@@ -75,8 +75,9 @@ def on_disk(teacher: Checkpoint) -> Source:
         finally:
             _assign(module, empty)
 
-    around = {tensor.rpartition(".")[0] for tensor in teacher.family.outer_weights} - {teacher.family.head}
-    return Source(model, filled, around)
+    outer = teacher.stored.keys() & teacher.family.outer_weights.keys()  # of these what text runs through
+    around = {name.rpartition(".")[0] for name in outer if not name.startswith(teacher.family.vision)}
+    return Source(model, filled, around - {teacher.family.head})
 
 
 def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -74,10 +74,9 @@ def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
     """
     whole: dict[str, Stored] = {}
     apart: dict[str, dict[tuple[int, int], Place]] = {}
-    here, stored = family.stored_prefix
     prefix = _missing_prefix(family, found)
     for place in found:
-        name = here + place.name.removeprefix(stored) if place.name.startswith(stored) else place.name
+        name = _known(family, place.name)
         layer, local = family.split(prefix + name)
         if any(fnmatch(local, pattern) for pattern in family.unread):
             continue
@@ -89,6 +88,22 @@ def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
             whole.setdefault(name, Stored((), stacked=True))  # its place in the order
             apart.setdefault(name, {})[expert, number] = place
     return whole | {name: _stack(family, name, places) for name, places in apart.items()}
+
+
+def _known(family: Family, name: str) -> str:
+    """The model's name of what has another prefix in a checkpoint."""
+    if name.startswith(tuple(here for here, _ in family.stored_prefixes)):
+        return name
+    fitting = [(here, stored) for here, stored in family.stored_prefixes if name.startswith(stored)]
+    here, stored = max(fitting, key=lambda pair: len(pair[1]), default=("", ""))
+    return here + name.removeprefix(stored)
+
+
+def _written(family: Family, name: str) -> str:
+    """The other way round."""
+    fitting = ((here, stored) for here, stored in family.stored_prefixes if name.startswith(here))
+    here, stored = next(fitting, ("", ""))
+    return stored + name.removeprefix(here)
 
 
 def _missing_prefix(family: Family, found: list[Place]) -> str:
@@ -131,9 +146,7 @@ def scattered(family: Family, tensors: Mapping[str, Parts]) -> list[Entry]:
 def _entry(family: Family, name: str, tensor: Parts) -> Entry:
     layer, local = family.split(name)
     prefix = "" if layer is None else f"{family.layer_prefix}{layer}."
-    here, stored = family.stored_prefix
-    names = [prefix + pattern for pattern in family.stored_as.get(local, (local,))]
-    names = [stored + each.removeprefix(here) if each.startswith(here) else each for each in names]
+    names = [_written(family, prefix + pattern) for pattern in family.stored_as.get(local, (local,))]
     if "*" not in names[0]:
         return weights.entry(names[0], tensor)
     count, outputs, *rest = tensor.shape

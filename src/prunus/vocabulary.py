@@ -110,15 +110,23 @@ def trim(checkpoint: Checkpoint, vocabulary: Vocabulary, *, to: Path) -> Checkpo
         places = [dims.index(formula, checkpoint.architecture, {"vocab": index}.get) for formula in formulas]
         tensors[name] = weights.cut(tensor, places)
     new_id = {old: new for new, old in enumerate(vocabulary.ids)}
-    config = _renumbered(checkpoint.config.to_dict(), new_id) | {checkpoint.family.fields["vocab"]: len(index)}
     return save(
         to,
-        type(checkpoint.config).from_dict(config),
+        type(checkpoint.config).from_dict(_config(checkpoint, new_id)),
         tensors,
         like=checkpoint,
         extra_files=_tokenizer_files(checkpoint, new_id),
         stale_files=STALE_FILES,
     )
+
+
+def _config(checkpoint: Checkpoint, new_id: Mapping[int, int]) -> dict[str, Any]:
+    """The model's config with new ids and their number."""
+    family, config = checkpoint.family, _renumbered(checkpoint.config.to_dict(), new_id)
+    size = {family.fields["vocab"]: len(new_id)}
+    if family.nested is None:
+        return config | size
+    return config | {family.nested: _renumbered(config[family.nested], new_id) | size}
 
 
 def _parts(definition: Mapping[str, Any]) -> Callable[[int], set[int]]:

@@ -1,9 +1,11 @@
-"""One file per Hugging Face `model_type`; the file's name is the type, its `FAMILY` the data."""
+"""One file per Hugging Face `model_type`; the file's name is the type, its `FAMILY` the data. Of a model with a decoder
+of any family, `around` makes the data from the decoder's."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 from prunus.errors import UnsupportedModel
 from prunus.families.family import Branch, Family
@@ -16,7 +18,7 @@ def known_families() -> list[str]:
     return sorted(name for name in names if not name.startswith("_") and name != "family")
 
 
-def family_of(model_type: str, config: object = None) -> Family:
+def family_of(model_type: str, config: Any = None) -> Family:
     """The family of a model type.
 
     Args:
@@ -30,5 +32,9 @@ def family_of(model_type: str, config: object = None) -> Family:
             f"axis. Known: {', '.join(known_families())}."
         )
     module = importlib.import_module(f"prunus.families.{model_type}")
+    if config is not None and hasattr(module, "around"):
+        text = config.text_config
+        around: Family = module.around(family_of(text.model_type, text))
+        return around
     variants: tuple[Family, ...] = getattr(module, "VARIANTS", None) or (module.FAMILY,)
     return next((variant for variant in variants if variant.fits(config)), variants[0])

@@ -12,7 +12,7 @@ that has no bias simply are not there; so it is with whole branches, where layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,10 @@ ALWAYS = (
         lambda a: "mamba_heads" not in a or a.mamba_heads % a.mamba_groups == 0,
         "mamba_heads must be a multiple of the groups that share a state's inputs",
     ),
+    (
+        lambda a: a.layers >= a.get(FIRST_LAYERS, 0),
+        "the first layers must stay, because what the vision tower sees is added behind each",
+    ),
 )
 
 FIELDS = {
@@ -75,6 +79,12 @@ FIELDS = {
     "vocab": "vocab_size",
 }
 """Config key of each size, as most families have it."""
+
+FIRST_LAYERS = "first_layers"
+"""The size that counts them."""
+
+AS_IT_IS = "="
+"""A dimension that no size of the language model decides."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,8 @@ class Family:
         constraints: names in `CONSTRAINTS`.
         stored_as: tensor → its name in a checkpoint, where that is another than in transformers; of experts several,
             with * for the number of the expert: what is stacked expert by expert, and joined along the outputs.
-        stored_prefix: what names begin with in transformers, and in a checkpoint, where that differs.
+        stored_prefixes: what names begin with in transformers, and in a checkpoint, where that differs. Of several for
+            the same names the first is written.
         buffers: names of tensors that are no parameters, but stored.
         latents: axis → the norm that spans it.
         gated_norms: norm of a Mamba layer's x·silu(z) → the size that counts the groups which it norms apart.
@@ -156,6 +167,12 @@ class Family:
         per_layer_fields, layer_count_fields: see `architecture.to_config`.
         branch_layers: config key → branch: the key lists the layers that have it.
         fixed: config key → value in every cut model, where layers are counted otherwise.
+        nested: config key under which the language model's own config stands, beside those of what sees or hears.
+        vision: what names of tensors begin with that belong to a vision tower and the connector. They stay as they are
+            but for the dimensions that `outer_weights` names.
+        connectors: tensors that write to the stream beside an embedding that is scaled by √hidden.
+        other_fields: "section.key" of the config → a size that stands there too.
+        first_layers: "section.key" of a list; as many first layers must stay, because something is added behind each.
     """
 
     model_type: str
@@ -174,7 +191,7 @@ class Family:
     scaled_embedding: bool = False
     constraints: tuple[str, ...] = ("even_head_dim",)
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    stored_prefix: tuple[str, str] = ("", "")
+    stored_prefixes: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     latents: Mapping[str, str] = field(default_factory=dict)
     gated_norms: Mapping[str, str] = field(default_factory=dict)
@@ -190,6 +207,11 @@ class Family:
     layer_count_fields: tuple[str, ...] = ()
     branch_layers: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    nested: str | None = None
+    vision: tuple[str, ...] = ()
+    connectors: tuple[str, ...] = ()
+    other_fields: Mapping[str, str] = field(default_factory=dict)
+    first_layers: str | None = None
 
     def split(self, tensor: str) -> tuple[int | None, str]:
         """`model.layers.3.mlp.up_proj.weight` → (3, `mlp.up_proj.weight`); outside the layers → (None, name)."""
@@ -198,30 +220,45 @@ class Family:
         index, _, rest = tensor[len(self.layer_prefix) :].partition(".")
         return (int(index), rest) if index.isdigit() else (None, tensor)
 
-    def units(self, tensor: str) -> tuple[str, ...] | None:
+    def units(self, tensor: str, shape: Sequence[int]) -> tuple[str, ...] | None:
         """Unit of each dimension of a tensor, or None where no rule covers it."""
         layer, name = self.split(tensor)
         rules = self.outer_weights if layer is None else self.layer_weights
         if name in rules:
-            return rules[name]
-        weight = rules.get(name.removesuffix(".bias") + ".weight")
-        return weight[:1] if weight and name.endswith(".bias") else None
+            rule: tuple[str, ...] | None = rules[name]
+        else:
+            weight = rules.get(name.removesuffix(".bias") + ".weight")
+            rule = weight[:1] if weight and name.endswith(".bias") else None
+        if rule is None and name.startswith(self.vision):
+            rule = (AS_IT_IS,) * len(shape)
+        if rule is None or len(rule) != len(shape):
+            return rule
+        return tuple(str(size) if unit == AS_IT_IS else unit for unit, size in zip(rule, shape, strict=True))
+
+    def text(self, config: Any) -> Any:
+        """The language model's part of a config."""
+        return getattr(config, self.nested) if self.nested else config
 
     def fits(self, config: object) -> bool:
         """Whether a config has what is required."""
-        return all(getattr(config, key, value) == value for key, value in self.requires.items())
+        return all(getattr(self.text(config), key, value) == value for key, value in self.requires.items())
 
     def architecture(self, config: object) -> Architecture:
         """The sizes in a transformers config."""
-        values = {key: getattr(config, key, None) for key in self.fields.values()}
-        return from_config(values, self.fields, self.derived, self.defaults)
+        fields = dict(self.fields)
+        values = {key: getattr(self.text(config), key, None) for key in fields.values()}
+        if self.first_layers:
+            section, key = self.first_layers.split(".")
+            fields[FIRST_LAYERS] = FIRST_LAYERS
+            values[FIRST_LAYERS] = len(getattr(getattr(config, section), key))
+        return from_config(values, fields, self.derived, self.defaults)
 
     def sizes(self, formulas: Iterable[str]) -> set[str]:
         """The sizes of a model whose weights have these dimensions. Without experts in any layer there are none to cut,
         though the config has a number of them; so it is with a dense layer's neurons."""
         used = {name for formula in formulas for name in dims.names(formula)}
         used |= {"layers"} | ({"top_k"} if "experts" in used else set()) | ({"kv_heads"} if "heads" in used else set())
-        return used | self.fields.keys() - AXES.keys()
+        return used | {FIRST_LAYERS} | self.fields.keys() - AXES.keys()
 
     def outputs(self, projection: str) -> str:
         """Formula of a layer's projection's outputs."""

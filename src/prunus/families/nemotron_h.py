@@ -70,7 +70,7 @@ FAMILY = Family(
     )
     | mamba_fields("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size"),
     per_layer_fields=("layers_block_type",),
-    stored_prefix=("model.", "backbone."),
+    stored_prefixes=(("model.", "backbone."),),
     stored_as={
         "mixer.experts.up_proj": ("mixer.experts.*.up_proj.weight",),
         "mixer.experts.down_proj": ("mixer.experts.*.down_proj.weight",),

@@ -1,0 +1,56 @@
+"""Models that see: a vision tower, a connector that writes what it saw to the residual stream, and a decoder."""
+
+import dataclasses
+
+from prunus.families._decoder import Weights
+from prunus.families.family import Family
+
+LANGUAGE_MODEL = "model.language_model."
+
+
+def with_vision(
+    text: Family,
+    model_type: str,
+    *,
+    vision: tuple[str, ...],
+    connector: Weights,
+    connectors: tuple[str, ...] = (),
+    language_model: str = LANGUAGE_MODEL,
+    stored_prefixes: tuple[tuple[str, str], ...] = (),
+    other_fields: dict[str, str] | None = None,
+    first_layers: str | None = None,
+) -> Family:
+    """The family of a model whose decoder is of the family `text`; see `Family` for the others.
+
+    Args:
+        connector: dimensions of the connector's weights that the decoder's sizes decide.
+        language_model: what names of the decoder begin with, where a model of text alone has `model.`.
+    """
+
+    def moved(name: str) -> str:
+        return language_model + name.removeprefix("model.") if name.startswith("model.") else name
+
+    return dataclasses.replace(
+        text,
+        model_type=model_type,
+        outer_weights={moved(name): units for name, units in text.outer_weights.items()} | connector,
+        final_norm=moved(text.final_norm),
+        embedding=moved(text.embedding),
+        layer_prefix=moved(text.layer_prefix),
+        nested="text_config",
+        vision=vision,
+        connectors=connectors,
+        stored_prefixes=stored_prefixes,
+        other_fields=other_fields or {},
+        first_layers=first_layers,
+    )
+
+
+LLAVA_PREFIXES = (
+    ("lm_head.", "language_model.lm_head."),
+    (LANGUAGE_MODEL, "language_model.model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+)
+"""How LLaVA and its kin are stored; the tower of older checkpoints under a name of its own."""
