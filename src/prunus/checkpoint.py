@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from prunus import checks, cost, hardware, packing, storage, weights
 from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, UnsupportedModel
-from prunus.families import Family, family_of
+from prunus.families import Family, family_of, may_be_known
 from prunus.files import atomic_folder, cache_folder, sha256
 from prunus.storage import Place, Stored
 from prunus.weights import Parts
@@ -241,13 +241,19 @@ def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) ->
         tensor
         for tensor, parts in tensors.items()
         if found[tensor].shape != parts.shape
-        or (reloaded and not all(torch.equal(found[tensor][rows], part.cpu()) for rows, part in parts.numbered()))
+        or (
+            reloaded and not all(torch.equal(_rows(found[tensor], rows), part.cpu()) for rows, part in parts.numbered())
+        )
     ]
     if wrong:
         raise BadCheckpoint(
             f"{name}: transformers loads {wrong[0]} otherwise than it was written ({len(wrong)} tensors in all). "
             "This is a fault of Prunus or of the installed transformers; nothing was kept. Please report it."
         )
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor[rows] if tensor.ndim else tensor
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Parts]) -> None:
@@ -261,7 +267,8 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
     try:
         raw = json.loads((folder / "config.json").read_text())
         checks.readable(name, raw)
-        family_of(raw.get("model_type", ""))
+        if not may_be_known(raw.get("model_type", "")):
+            family_of(raw.get("model_type", ""))  # says what is known
         with _quiet():
             config = AutoConfig.from_pretrained(folder)
         family = family_of(config.model_type, config)

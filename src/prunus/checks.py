@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prunus import dims
 from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, UnsupportedModel
-from prunus.families import Family, known_families
+from prunus.families import Family, may_be_known
 from prunus.storage import Stored
 
 DEQUANTISE = (
@@ -30,7 +30,7 @@ def readable(name: str, raw: Mapping[str, Any]) -> None:
         method = quantised.get("quant_method", "a method that it does not name")
         raise UnsupportedModel(f"{name}: its weights are quantised ({method}). {DEQUANTISE}")
     model_type = raw.get("model_type", "")
-    if raw.get("auto_map") and model_type not in known_families():
+    if raw.get("auto_map") and not may_be_known(model_type):
         raise UnsupportedModel(
             f"{name}: model type {model_type!r} comes with its own code ({', '.join(sorted(raw['auto_map']))}), which "
             "Prunus does not run. If transformers itself has this architecture, convert the weights to it first."

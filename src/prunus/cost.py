@@ -19,8 +19,8 @@ Kind = Mapping[str, tuple[str, str]]
 def layout(family: Family, tensors: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, ...]]:
     """Units of every tensor, by its shape; the family must cover them all."""
     units = {name: family.units(name, shape) for name, shape in tensors.items()}
-    assert all(units.values()), "the checkpoint is validated when it is opened"
-    return {name: formulas for name, formulas in units.items() if formulas}
+    assert all(formulas is not None for formulas in units.values()), "the checkpoint is validated when it is opened"
+    return {name: formulas for name, formulas in units.items() if formulas is not None}
 
 
 def group_of(family: Family, tensor: str, units: tuple[str, ...]) -> str:
@@ -94,7 +94,7 @@ def _kind(counted: Counter[tuple[str, tuple[str, ...]]]) -> Kind:
         product = " * ".join([str(number), *(f"({unit})" for unit in units)])
         whole, active = sums[part]
         whole.append(product)
-        active.append(f"{product} * top_k // experts" if units[0] == "experts" and len(units) > 2 else product)
+        active.append(f"{product} * top_k // experts" if units[:1] == ("experts",) and len(units) > 2 else product)
     return {part: (" + ".join(whole), " + ".join(active)) for part, (whole, active) in sums.items()}
 
 

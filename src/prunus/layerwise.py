@@ -82,7 +82,7 @@ class _Recorder(nn.Module):
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """The language model without its head, and without what sees or hears."""
     body: PreTrainedModel = model.get_decoder()
-    return body
+    return body if body is not model else model.base_model  # which transformers does not find in every type
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -8,11 +8,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from prunus.layerwise import body_of
+
 
 def separate(model: PreTrainedModel) -> None:
     """Hand a model masks that end where positions start anew. transformers makes them so itself wherever a model's code
     tells it the positions; for the others its own function makes them here."""
-    model.get_decoder().register_forward_pre_hook(_with_masks, with_kwargs=True)
+    body_of(model).register_forward_pre_hook(_with_masks, with_kwargs=True)
 
 
 def _with_masks(body: PreTrainedModel, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -75,7 +75,11 @@ def cut(
             tensor = _with_head_residuals(tensor, queries, scores["heads"][layer], source, target)
         indices = [kept.index(formula, number, source) for formula in teacher.layout[name]]
         groups = source.get(family.gated_norms.get(local.removesuffix(".weight"), ""), 1)
-        then = _correction(family, layer, local, scores, indices[0], kept, groups) if norm_correction else _as_it_is
+        then = (
+            _correction(family, layer, local, scores, next(iter(indices), None), kept, groups)
+            if norm_correction
+            else _as_it_is
+        )
         student = name if layer is None else f"{family.layer_prefix}{number}.{local}"
         tensors[student] = weights.cut(tensor, indices, then)
     config = to_config(

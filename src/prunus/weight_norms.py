@@ -44,7 +44,7 @@ def weight_norms(teacher: Checkpoint) -> dict[str, Tensor]:
             _add_matrix(norms, squares, formulas, layer, sizes)
             if layer is not None and local in writes:
                 norms[f"write/{writes[local]}"][layer] += squares[formulas.index(writes[local])]
-        elif formulas[0] == "experts" and len(formulas) == 3 and layer is not None:
+        elif len(formulas) == 3 and formulas[0] == "experts" and layer is not None:
             for rows, part in tensor.numbered():
                 _add_experts(norms, part, formulas, layer, rows, sizes, writes=local.endswith(experts.WRITE))
     return norms

@@ -59,11 +59,12 @@ class Parts:
         return whole
 
     def numbered(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each part with the rows that it holds."""
+        """Each part with the rows that it holds; a single number as one row."""
         start = 0
         for part in self.read():
-            yield slice(start, start + len(part)), part
-            start += len(part)
+            rows = len(part) if self.shape else 1
+            yield slice(start, start + rows), part
+            start += rows
 
 
 def of(tensor: Tensor | Parts) -> Parts:

@@ -7,10 +7,13 @@ import importlib
 import pkgutil
 from typing import Any
 
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
 from prunus.errors import UnsupportedModel
+from prunus.families._inferred import infer
 from prunus.families.family import Branch, Family
 
-__all__ = ["Branch", "Family", "family_of", "known_families"]
+__all__ = ["Branch", "Family", "family_of", "known_families", "may_be_known"]
 
 
 def known_families() -> list[str]:
@@ -18,14 +21,22 @@ def known_families() -> list[str]:
     return sorted(name for name in names if not name.startswith("_") and name != "family")
 
 
+def may_be_known(model_type: str) -> bool:
+    """Whether a file describes a type, or transformers has code for it that can be asked."""
+    return model_type in known_families() or model_type in CONFIG_MAPPING
+
+
 def family_of(model_type: str, config: Any = None) -> Family:
     """The family of a model type.
 
     Args:
-        config: which of several variants is meant; the first one where none or no other fits.
+        config: which of several variants is meant; the first one where none or no other fits. Of a type that no file
+            describes, what its family is made from by experiment (see `_inferred`).
     Raises:
-        UnsupportedModel: no file describes it. Never treated as "probably Llama".
+        UnsupportedModel: no file describes it, and experiments do not show enough. Never treated as "probably Llama".
     """
+    if model_type not in known_families() and isinstance(config, PreTrainedConfig):
+        return infer(config)
     if model_type not in known_families():
         raise UnsupportedModel(
             f"model type {model_type!r} is not supported, because no family file says which of its weights carry which "
