@@ -3,22 +3,21 @@ has none is cut, saved and reloaded as those with one are."""
 
 import pytest
 import torch
-from conftest import RandomBlocks
 from test_prune import cut_and_reload, drawn, logits
 from transformers import AutoConfig
 
 import prunus as pr
 from prunus.checkpoint import Checkpoint
-from prunus.errors import UnsupportedModel
-from prunus.families import _probes, family_of, known_families
-from prunus.families._inferred import infer, random_model
+from prunus.families import _probes, known_families
+from prunus.families._inferred import random_model
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import prune
 
 INFERRED = (
-    *("afmoe", "apertus", "aria_text", "axk1", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-    *("granitemoe_swa", "hy_v3", "hyperclovax", "kolibri1", "youtu"),
+    *("afmoe", "apertus", "aria_text", "axk1", "bitnet", "cohere2_moe", "deepseek_v32", "flint", "glm4_moe_lite"),
+    *("glm_moe_dsa", "gpt_neo", "granitemoe_swa", "hy_v3", "hyperclovax", "kolibri1", "nanochat", "olmo", "phimoe"),
+    *("youtu",),
 )
 
 

@@ -46,7 +46,9 @@ def show(checkpoint: Checkpoint) -> None:
     for axis in checkpoint.architecture.axes():
         smaller = found["next_smaller"][axis]
         size = str(checkpoint.architecture[axis])
-        axes.add_row(axis, size, "–" if smaller is None else str(smaller), AXES[axis])
+        fixed = checkpoint.family.uncut.get(axis)
+        meaning = f"cannot be cut: {fixed}" if fixed else AXES[axis]
+        axes.add_row(axis, size, "–" if smaller is None else str(smaller), meaning)
     console.print(axes)
     parts = Table("part", "parameters", "share", box=None, header_style="bold")
     for part, count in sorted(found["parameters_by_group"].items(), key=lambda item: -item[1]):

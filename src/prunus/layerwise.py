@@ -81,8 +81,9 @@ class _Recorder(nn.Module):
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """The language model without its head, and without what sees or hears."""
-    body: PreTrainedModel = model.get_decoder()
-    return body if body is not model else model.base_model  # which transformers does not find in every type
+    decoder = model.get_decoder()
+    body: PreTrainedModel = decoder if decoder is not model else model.base_model  # not found in every type
+    return body
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -156,6 +156,7 @@ def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Arc
     """Legal architectures with the fewest neurons of the kind that fills them up."""
     least = _least(filler, family, teacher)
     options = {axis: _options(teacher, axis) for axis in teacher.axes() if axis not in (filler, "heads", "top_k")}
+    options |= {axis: [teacher[axis]] for axis in family.uncut if axis in options}
     if "heads" in teacher:
         options["per_group"] = list(range(teacher.heads // teacher.kv_heads, 0, -1))
     while math.prod(map(len, options.values())) > MOST_COMBINATIONS:

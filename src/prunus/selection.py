@@ -61,6 +61,11 @@ def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> 
         for axis, size in target.axes().items()
         if size > teacher[axis]
     ]
+    reasons += [
+        f"{axis} of {family.model_type} cannot be cut: {why}"
+        for axis, why in family.uncut.items()
+        if axis in target and target[axis] < teacher[axis]
+    ]
     reasons += family.illegal(target)
     if not reasons and "heads" in target and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
         reasons.append(

@@ -6,9 +6,10 @@ The same is tested for every family file; a family that was inferred has to show
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from prunus.families.family import Family
 TOLERANCE = 2e-4
 UNREACHABLE = -1e4
 TRIES = 4_000
+DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -38,43 +40,86 @@ class Choice:
     axes: Mapping[str, Tensor]
 
 
-def prove(family: Family, config: PreTrainedConfig, model: PreTrainedModel, tokens_BS: Tensor) -> None:
-    """Cut each axis by itself, or with what must be cut along, and once as many as can be.
+def failures(family: Family, config: PreTrainedConfig, model: PreTrainedModel, tokens_BS: Tensor) -> dict[str, str]:
+    """Axes whose cut does not compute what it should, each with what was seen. Each is cut by itself, or with what must
+    be cut along.
 
     Args:
         model: tiny, in float32, with random weights.
-    Raises:
-        UnsupportedModel: which axis cannot be cut.
     """
+    found = {}
+    for axis in _sizes(family, config, model).axes():
+        if axis not in family.uncut and (wrong := _wrong(family, config, model, tokens_BS, {axis})):
+            found[axis] = wrong
+    return found
+
+
+def without(
+    family: Family, failed: Mapping[str, str], config: PreTrainedConfig, model: PreTrainedModel, tokens_BS: Tensor
+) -> Family:
+    """The family with these axes fixed, after the others were cut together.
+
+    Raises:
+        UnsupportedModel: that fails, or too little is left.
+    """
+    axes = _sizes(family, config, model).axes()
+    fixed = {axis: f"a tiny model so cut does not compute what it should ({wrong})" for axis, wrong in failed.items()}
+    family = dataclasses.replace(family, uncut={**family.uncut, **fixed})
+    left = [axis for axis in axes if axis not in family.uncut]
+    if not {"ffn", "expert_ffn"} & set(left) or len(left) < 3:
+        raise UnsupportedModel(next(iter(failed.values()), "no neurons can be told"))
+    if wrong := _wrong(family, config, model, tokens_BS, set(left)):
+        raise UnsupportedModel(wrong)
+    return family
+
+
+def _sizes(family: Family, config: PreTrainedConfig, model: PreTrainedModel) -> Architecture:
+    units = (family.units(name, value.shape) or () for name, value in stored(model).items())
+    return family.architecture(config).only(family.sizes(unit for each in units for unit in each))
+
+
+def _wrong(
+    family: Family, config: PreTrainedConfig, model: PreTrainedModel, tokens_BS: Tensor, axes: set[str]
+) -> str | None:
+    """What is wrong with cuts of these axes; None if nothing is. Which layers go is drawn more often than other things:
+    they may be of several kinds."""
+    draws = DRAWS if "layers" in axes else 1
+    found = (_wrong_once(family, config, model, tokens_BS, axes, random.Random(draw)) for draw in range(draws))
+    return next(filter(None, found), None)
+
+
+def _wrong_once(
+    family: Family,
+    config: PreTrainedConfig,
+    model: PreTrainedModel,
+    tokens_BS: Tensor,
+    axes: set[str],
+    generator: random.Random,
+) -> str | None:
+    sizes = _sizes(family, config, model)
+    target = _target(family, sizes, axes, generator)
+    if target is None:
+        return None
     layout = {name: family.units(name, value.shape) for name, value in stored(model).items()}
-    sizes = family.architecture(config).only(family.sizes(unit for units in layout.values() for unit in units or ()))
-    generator = random.Random(0)
-    wanted = [{axis} for axis in sizes.axes()] + [set(sizes.axes())]
-    for axes in wanted:
-        target = _target(family, sizes, axes, generator)
-        if target is None:
-            continue
-        choice = _choice(sizes, target, generator)
-        expected = _logits(_masked(family, config, model, layout, choice, sizes, target), tokens_BS)
-        student = _cut(family, config, model, layout, choice, sizes, target)
-        try:
-            found = _logits(student, tokens_BS)
-        except (RuntimeError, ValueError) as mistake:
-            raise UnsupportedModel(f"cut to {target}, it does not run ({str(mistake)[:100]})") from mistake
-        error = float((found - expected).norm() / expected.norm())
-        if not error < TOLERANCE:
-            raise UnsupportedModel(
-                f"cut to {target}, a tiny model does not compute what the whole one does with the cut parts set to "
-                f"zero (error {error:.1e})"
-            )
+    given = (family, config, model, layout, _choice(sizes, target, generator), sizes, target)
+    expected = _logits(_masked(*given), tokens_BS)
+    try:
+        found = _logits(_cut(*given), tokens_BS)
+    except UnsupportedModel as error:
+        return str(error)
+    except (RuntimeError, ValueError) as error:
+        return f"cut to {target}, it does not run: {' '.join(str(error).split())[:100]}"
+    error_of = float((found - expected).norm() / expected.norm())
+    return None if error_of < TOLERANCE else f"cut to {target}, its logits differ by {error_of:.0e}"
 
 
 def _target(family: Family, sizes: Architecture, axes: set[str], generator: random.Random) -> Architecture | None:
     """A legal architecture in which these axes are cut, and others only where they must be."""
-    joint = axes | {"hidden", "heads", "kv_heads"} & sizes.axes().keys()
+    joint = axes | {"hidden", "heads", "kv_heads"} & sizes.axes().keys() - family.uncut.keys()
     for attempt in range(TRIES):
         free = axes if attempt < TRIES // 2 else joint
-        drawn = {axis: generator.randint(max(1, sizes[axis] // 3), sizes[axis] - 1) for axis in free if sizes[axis] > 1}
+        able = [axis for axis in sorted(free) if sizes[axis] > 1]
+        drawn = {axis: generator.randint(max(1, sizes[axis] // 3), sizes[axis] - 1) for axis in able}
         target = sizes.replace(**drawn)
         per_group = (size.heads // size.kv_heads for size in (target, sizes)) if "heads" in sizes else iter((1, 1))
         if drawn.keys() & axes and not family.illegal(target) and next(per_group) <= next(per_group):
@@ -158,7 +203,7 @@ def _hide(model: PreTrainedModel, family: Family, reads: tuple[str, ...], choice
         if family.split(name)[1] == router:
             count = module.weight.shape[0]
             gone = [expert for expert in range(count) if expert not in choice.axes["experts"].tolist()]
-            module.forward = _blind(module.forward, torch.tensor(gone))  # type: ignore[method-assign]
+            module.forward = _blind(module.forward, torch.tensor(gone))
 
 
 def _blind(forward: Any, gone: Tensor) -> Any:
@@ -232,12 +277,3 @@ def _model(config: PreTrainedConfig) -> PreTrainedModel:
 def _logits(model: nn.Module, tokens_BS: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=tokens_BS, use_cache=False).logits
     return logits
-
-
-def alternatives(options: Mapping[str, list[tuple[str, ...]]], most: int = 24) -> Iterator[dict[str, tuple[str, ...]]]:
-    """One way after another to choose among the options of each name, the likeliest first."""
-    import itertools
-
-    names = list(options)
-    for chosen in itertools.islice(itertools.product(*options.values()), most):
-        yield dict(zip(names, chosen, strict=True))

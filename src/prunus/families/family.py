@@ -167,6 +167,7 @@ class Family:
         per_layer_fields, layer_count_fields: see `architecture.to_config`.
         branch_layers: config key → branch: the key lists the layers that have it.
         fixed: config key → value in every cut model, where layers are counted otherwise.
+        uncut: axis → why it cannot be cut.
         nested: config key under which the language model's own config stands, beside those of what sees or hears.
         vision: what names of tensors begin with that belong to a vision tower and the connector. They stay as they are
             but for the dimensions that `outer_weights` names.
@@ -207,6 +208,7 @@ class Family:
     layer_count_fields: tuple[str, ...] = ()
     branch_layers: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    uncut: Mapping[str, str] = field(default_factory=dict)
     nested: str | None = None
     vision: tuple[str, ...] = ()
     connectors: tuple[str, ...] = ()
