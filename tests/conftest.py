@@ -70,6 +70,11 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
+MULTIMODAL_ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+QWEN3_5 = {
+    "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, **MULTIMODAL_ROPE,
+}  # fmt: skip
 OWN = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -83,6 +88,8 @@ OWN = {
         "layer_types": ["linear_attention", "full_attention"] * 2, "mlp_only_layers": [1], "linear_num_key_heads": 4,
         "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     },
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5,
     "deepseek_v2": {"num_key_value_heads": 6, "head_dim": 4},
     "dots1": {"layer_types": ["full_attention"] * 4},
     "mellum": {"layer_types": ["full_attention"] * 4, "mlp_layer_types": ["dense", "sparse"] * 2},
@@ -111,7 +118,6 @@ QWEN_VISION = {
 QWEN_TOKENS = {
     "image_token_id": 96, "video_token_id": 95, "vision_start_token_id": 94, "vision_end_token_id": 93,
 }  # fmt: skip
-MULTIMODAL_ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
 VISION = {
     "llava": {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, **CLIP},
               "image_token_index": 96},
@@ -123,6 +129,17 @@ VISION = {
                    **QWEN_TOKENS},
     "qwen3_vl": {"vision_config": QWEN_VISION | {"depth": 3, "deepstack_visual_indexes": [0, 1],
                                                  "num_position_embeddings": 16}, **QWEN_TOKENS},
+    "qwen2_vl": {"vision_config": {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4}, **QWEN_TOKENS},
+    "qwen3_5": {"vision_config": QWEN_VISION | {"depth": 2, "num_position_embeddings": 16}, **QWEN_TOKENS},
+    "qwen3_5_moe": {"vision_config": QWEN_VISION | {"depth": 2, "num_position_embeddings": 16}, **QWEN_TOKENS},
+    "internvl": {"vision_config": CLIP | {"image_size": [56, 56], "patch_size": [14, 14]}, "image_token_id": 96},
+    "mistral3": {"vision_config": CLIP | {"model_type": "pixtral", "image_size": 56, "head_dim": 8},
+                 "image_token_index": 96},
+    "aya_vision": {"vision_config": CLIP | {"model_type": "siglip_vision_model", "image_size": 56},
+                   "image_token_index": 96, "alignment_intermediate_size": 20},
+    "vipllava": {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, **CLIP},
+                 "image_token_index": 96, "vision_feature_layers": [-2, -3]},
+    "paligemma": {"vision_config": CLIP | {"model_type": "siglip_vision_model"}, "image_token_index": 96},
 }  # fmt: skip
 """Of models that see: what stands beside the config of the decoder."""
 TEXT = {
@@ -136,6 +153,14 @@ TEXT = {
     },
     "qwen2_5_vl": MULTIMODAL_ROPE,
     "qwen3_vl": MULTIMODAL_ROPE,
+    "qwen2_vl": MULTIMODAL_ROPE,
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5,
+    "internvl": {"model_type": "qwen2"},
+    "mistral3": {"model_type": "mistral"},
+    "aya_vision": {"model_type": "cohere2", "layer_types": ["full_attention"] * 4},
+    "vipllava": {"model_type": "llama"},
+    "paligemma": {"model_type": "gemma"},
 }
 """… and what stands in it."""
 VISION_TOKEN = 96
@@ -208,10 +233,13 @@ def builder(model_type: str) -> type:
 def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
     model_type = family.partition(",")[0]
     if model_type in VISION:
-        text = SIZES | EPSILONS | TEXT[model_type] | changes
+        text = SIZES | EPSILONS | TEXT[model_type] | (EXPERTS if "moe" in model_type else {}) | changes
         others = copy.deepcopy(VISION[model_type])
+        if model_type == "paligemma":
+            others["projection_dim"] = text["hidden_size"]
         if "depth" in others["vision_config"]:
-            others["vision_config"]["out_hidden_size"] = text["hidden_size"]
+            as_wide = "hidden_size" if model_type == "qwen2_vl" else "out_hidden_size"
+            others["vision_config"][as_wide] = text["hidden_size"]
         return AutoConfig.for_model(model_type, text_config=text, **others)
     default = AutoConfig.for_model(model_type)
     known = default.to_dict().keys() | default.attribute_map.keys()
@@ -238,7 +266,10 @@ def seen(config: PreTrainedConfig) -> dict[str, Tensor]:
         patches = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
         return {"input_ids": tokens, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]]),
                 "mm_token_type_ids": kinds}  # fmt: skip
-    pixels = torch.randn(1, 3, 28, 28, generator=generator)
+    side = 56 if config.model_type in ("internvl", "mistral3", "aya_vision") else 28
+    pixels = torch.randn(1, 3, side, side, generator=generator)
+    if config.model_type == "mistral3":
+        return {"input_ids": tokens, "pixel_values": pixels, "image_sizes": torch.tensor([[side, side]])}
     if "idefics" in config.model_type or config.model_type == "smolvlm":
         return {"input_ids": tokens, "pixel_values": pixels[None]}
     return {"input_ids": tokens, "pixel_values": pixels}

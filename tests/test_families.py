@@ -43,7 +43,9 @@ def test_reads_and_writes_agree_with_the_tensor_parallel_plan(teacher):
             assert teacher.family.latents or all(plan[name].startswith("colwise") for name in branch.reads)
             assert plan[branch.write].startswith("rowwise")
         else:
-            assert any(branch.experts or branch.inner == "mamba_heads" for branch in teacher.family.branches)
+            assert any(
+                branch.experts or branch.inner in ("mamba_heads", "linear_heads") for branch in teacher.family.branches
+            )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Families that no file describes: what is inferred of a type is what its file says, where there is one; and a type that
-has none is cut, saved and reloaded as those with one are."""
+"""Families that no file describes: what is inferred of a type is what its file says, where there is one; a type without
+one is cut, saved and reloaded as those that have one."""
 
 import pytest
 import torch
@@ -7,17 +7,22 @@ from test_prune import cut_and_reload, drawn, logits
 from transformers import AutoConfig
 
 import prunus as pr
+from prunus import dims
+from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint
-from prunus.families import _probes, known_families
-from prunus.families._inferred import random_model
+from prunus.errors import UnsupportedModel
+from prunus.families import _probes, family_of, known_families
+from prunus.families._inferred import infer, random_model
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import prune
+from prunus.search import legal_architectures
+from prunus.selection import illegal_cut
 
 INFERRED = (
-    *("afmoe", "apertus", "aria_text", "axk1", "bitnet", "cohere2_moe", "deepseek_v32", "flint", "glm4_moe_lite"),
-    *("glm_moe_dsa", "gpt_neo", "granitemoe_swa", "hy_v3", "hyperclovax", "kolibri1", "nanochat", "olmo", "phimoe"),
-    *("youtu",),
+    *("afmoe", "apertus", "aria_text", "axk1", "cohere2_moe", "deepseek_v32", "flint", "glm4_moe_lite"),
+    *("glm_moe_dsa", "gpt_neo", "granitemoe_swa", "hy_v3", "hyperclovax", "kolibri1", "nanochat", "olmo", "opt"),
+    *("biogpt", "xglm", "youtu"),
 )
 
 
@@ -34,7 +39,7 @@ def inferred(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return pr.load(folder)
 
 
-@pytest.mark.parametrize("draw", range(3))
+@pytest.mark.parametrize("draw", range(2))
 def test_a_type_without_a_file_is_cut_as_those_with_one(inferred, blocks, draw, tmp_path):
     assert inferred.config.model_type not in known_families()
     student = cut_and_reload(inferred, drawn(inferred, draw), blocks, tmp_path)
@@ -54,3 +59,60 @@ def test_keeping_everything_changes_no_bit(inferred, blocks, tmp_path):
     assert student.stored.keys() == inferred.stored.keys()
     assert torch.equal(logits(student.module(), blocks), logits(inferred.module(), blocks))
     assert inferred.parameters == sum(parameter.numel() for parameter in inferred.module().parameters())
+
+
+AGREED = (
+    *("arcee", "cohere2", "deepseek_v3", "falcon", "gemma3_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss"),
+    *("granite", "llama", "mixtral", "olmo2", "phi3", "qwen2_moe", "starcoder2"),
+)
+"""Types with a file of which a tiny model shows all that the file says."""
+
+
+@pytest.mark.parametrize("model_type", AGREED)
+def test_what_is_inferred_is_what_the_file_says(model_type):
+    config = AutoConfig.for_model(model_type)
+    found, told = infer(config), family_of(model_type, config)
+    for name in ("final_norm", "embedding", "head", "layer_prefix", "norm_offset", "centred", "transposed", "buffers"):
+        assert getattr(found, name) == getattr(told, name), name
+    assert found.scaled_embedding == told.scaled_embedding
+    assert found.ignores_positions == told.ignores_positions
+    assert found.uncut == {}
+    expected = {branch.mark: branch for branch in told.branches if branch.mark in {b.mark for b in found.branches}}
+    assert {branch.mark for branch in found.branches} == expected.keys()
+    for branch in found.branches:
+        there = expected[branch.mark]
+        for name in ("module", "norm", "write", "post_norm", "experts", "beside"):
+            assert getattr(branch, name) == getattr(there, name), name
+        assert set(branch.reads) == set(there.reads)
+    model = random_model(tiny(model_type))
+    sizes = told.architecture(model.config)
+    for name, value in _probes.stored(model).items():
+        mine, others = (family.units(name, value.shape) for family in (found, told))
+        for axis in sizes.axes():
+            assert [dims.owner(unit, sizes, axis).tolist() for unit in mine] == (
+                [dims.owner(unit, sizes, axis).tolist() for unit in others]
+            ), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("bert", "is not the output of attention.output.dense"),
+        ("mamba", "does not follow"),
+        ("whisper", "does not follow|no module around it"),
+        ("phimoe", "chooses by chance"),
+    ],
+)
+def test_what_works_otherwise_is_refused_with_the_reason(model_type, reason):
+    with pytest.raises(UnsupportedModel, match=reason):
+        infer(AutoConfig.for_model(model_type))
+
+
+def test_what_cannot_be_cut_is_said(tmp_path):
+    torch.manual_seed(0)
+    random_model(tiny("olmo")).save_pretrained(tmp_path)
+    model = pr.load(tmp_path)
+    reasons = illegal_cut(model.family, model.architecture, model.architecture.replace(hidden=48))
+    assert reasons[0] == "hidden of olmo cannot be cut: its norms have no weight to make up for channels that leave"
+    found = legal_architectures(model.family, model.architecture, parse_budget(model, params="0.8x"))
+    assert {architecture.hidden for architecture in found} == {model.architecture.hidden}

@@ -113,7 +113,7 @@ def masked(teacher: Checkpoint, kept: Kept, target: Architecture, folder: Path) 
             _centre(tensors[name], teacher, name, torch.tensor(kept.hidden))
     config = copy.deepcopy(teacher.config)
     if "top_k" in target:
-        setattr(config, teacher.family.fields["top_k"], target.top_k)
+        setattr(teacher.family.text(config), teacher.family.fields["top_k"], target.top_k)
     written = save(folder, config, tensors, like=teacher)
     same = {field.name: getattr(written, field.name) for field in dataclasses.fields(written)}
     return MaskedTeacher(**same, routers=kept.inner.get("experts", []), layers=kept.layers)

@@ -13,7 +13,8 @@ from prunus.families import known_families
 
 PACKAGE = Path(pr.__file__).parent
 LAYERS = """
-    errors dims architecture families.family families._decoder families._vision families
+    errors dims architecture families.family families._decoder families._vision
+    families._probes families._trace families._proof families._inferred families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
     packing experts weights storage checks checkpoint source documents text scores
     weight_norms measure importance selection repair refit prune vocabulary

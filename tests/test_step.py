@@ -60,9 +60,9 @@ def test_neither_packing_nor_the_split_nor_the_chunk_changes_a_gradient(family, 
             {"micro_blocks": 2, "chunk_tokens": 10},
         ),
     }
-    exact = 1e-5 if several == (2, 4) else 5e-5  # a recurrence rounds step upon step
-    for dtype, tolerance in ((torch.float32, exact), (torch.bfloat16, 0.02)):
+    exact, rounded = (1e-5, 0.02) if several == (2, 4) else (5e-5, 0.03)  # a recurrence rounds step upon step
+    for dtype, tolerance in ((torch.float32, exact), (torch.bfloat16, rounded)):
         found = [losses_and_gradients(teacher, student, blocks, dtype, **rest) for blocks, rest in ways.values()]
         for loss, gradient in found[1:]:
-            assert loss == pytest.approx(found[0][0], rel=tolerance, abs=1e-7)
-            assert (gradient - found[0][1]).norm() < tolerance * found[0][1].norm() + 1e-7
+            assert loss == pytest.approx(found[0][0], rel=tolerance, abs=2e-6)
+            assert (gradient - found[0][1]).norm() < tolerance * found[0][1].norm() + 2e-6

@@ -134,11 +134,11 @@ def to_config(
         layer_count_fields: keys that hold "the first n layers"; n is recounted among the kept layers.
         others: more keys and their values.
         nested: key under which all these stand; None where they stand in `config` itself.
-        other_fields: "section.key" beside it → a size that stands there too.
+        other_fields: key, or "section.key", of the whole config → a size that stands there too.
     """
-    if nested:
+    if nested or other_fields:
         inner = to_config(
-            config[nested],
+            config[nested] if nested else config,
             target,
             fields=fields,
             kept_layers=kept_layers,
@@ -146,10 +146,10 @@ def to_config(
             layer_count_fields=layer_count_fields,
             others=others,
         )
-        whole = {**config, nested: inner}
+        whole = {**config, nested: inner} if nested else inner
         for path, size in (other_fields or {}).items():
-            section, key = path.split(".")
-            whole[section] = {**whole[section], key: target[size]}
+            section, _, key = path.rpartition(".")
+            whole |= {section: {**whole[section], key: target[size]}} if section else {key: target[size]}
         return whole
     cut = {**config, **(others or {})}
     cut |= {key: target[size] for size, key in fields.items() if size in target}

@@ -48,7 +48,7 @@ class Head:
 def head_of(model: PreTrainedModel) -> Head:
     """A transformers model's output head."""
     module = model.get_output_embeddings()
-    config = model.config.get_text_config()
+    config = model.config  # not that of a decoder inside, whose factors transformers leaves out there
     softcap = getattr(config, "final_logit_softcapping", None)
     factors = (getattr(config, key, None) for key in FACTORS)
     scale = math.prod(factor for factor in factors if factor is not None)

@@ -191,6 +191,9 @@ def added_scale(config: PreTrainedConfig, family: Family, branch: Branch) -> flo
 
 
 def _call(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: dict[str, Any]) -> Any:
+    if branch.activation:
+        (read,), write = branch.reads, layer.get_submodule(str(branch.write))
+        return write(getattr(layer, branch.activation)(layer.get_submodule(read)(normed_BSH)))
     module = layer.get_submodule(branch.module)
     if branch.read_scale:
         normed_BSH = normed_BSH * getattr(module.config, branch.read_scale)

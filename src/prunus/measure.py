@@ -211,7 +211,7 @@ class _LayerPass:
     def _see_norm(self, site: str) -> Callable[[Tensor, Tensor], None]:
         def see(stream_BSH: Tensor, output_BSH: Tensor) -> None:
             self._add_energy(site, stream_BSH)
-            self.reducers[site].add(output_BSH)
+            self.reducers[site].add(self._blocks(output_BSH))
 
         return see
 
@@ -256,7 +256,7 @@ class _LayerPass:
         return see
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """[B, S, C]; a mixture of experts hands its tokens on without the blocks that they are of."""
+        """[B, S, C]; some layers and all mixtures of experts hand tokens on without the blocks that they are of."""
         return x if x.ndim == 3 else x.view(*self.batch_shape, -1)
 
     def _see_expert(self, routed: experts.Routed) -> None:
@@ -294,7 +294,7 @@ def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
     Args:
         centred: of x less its mean, which is what a LayerNorm divides.
     """
-    x_NH = x_BSH.flatten(0, 1).float()
+    x_NH = x_BSH.flatten(0, -2).float()
     squares_NH = (x_NH - x_NH.mean(1, keepdim=True) if centred else x_NH).square()
     return squares_NH.mean(1).clamp_min_(1e-30).reciprocal_() @ squares_NH
 

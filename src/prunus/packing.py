@@ -19,7 +19,12 @@ def separate(model: PreTrainedModel) -> None:
 
 def _with_masks(body: PreTrainedModel, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     positions = inputs.get("position_ids")
-    if positions is None or inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
+    if (
+        positions is None
+        or positions.ndim > 2
+        or inputs.get("attention_mask") is not None
+        or inputs.get("past_key_values") is not None
+    ):
         return args, inputs
     # Of the states only shape, type and device are asked for.
     like = torch.empty(*positions.shape, 0, dtype=body.dtype, device=positions.device)

@@ -1,4 +1,4 @@
-"""Families of types that no file describes: made by experiments with tiny models, believed as far as they are proven."""
+"""Families of types without a file: made by experiments with tiny models, and believed as far as they are proven."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ from prunus.families.family import Branch, Family
 BLOCKS, TOKENS = 2, 20
 MOST_TRIES = 24
 """Ways to read fused projections that are tried."""
+LEFT_OUT = {
+    "phimoe": "its router chooses by chance in training, and two experts whatever the config says",
+}
+"""Types that pass in a tiny model, and are not to be cut all the same."""
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 FUSED = {
     "heads*3*head_dim": ("heads*3*head_dim",),
@@ -51,25 +55,30 @@ def infer(config: PreTrainedConfig) -> Family:
     Raises:
         UnsupportedModel: how far it came.
     """
-    return _infer(type(config).__name__, json.dumps(config.to_dict(), sort_keys=True, default=str), _Keyed(config))
+    small = _probes.tiny(config, {size: BASE[size] for size in fields_of(config)})
+    options = {key: value for key, value in small.to_dict().items() if key not in ("_name_or_path", "architectures")}
+    return _infer(json.dumps(options, sort_keys=True, default=str), _Unkeyed(config))
 
 
-class _Keyed:
-    """A config that a cache takes for equal to any other: its text beside it is the key."""
+class _Unkeyed:
+    """A config that a cache takes for equal to any other: the text beside it is the key, in which models that differ in
+    nothing but sizes are the same."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed)
+        return isinstance(other, _Unkeyed)
 
     def __hash__(self) -> int:
         return 0
 
 
 @functools.cache
-def _infer(name: str, text: str, keyed: _Keyed) -> Family:
-    config, reason = keyed.config, UnsupportedModel("its attention is not known")
+def _infer(text: str, unkeyed: _Unkeyed) -> Family:
+    config, reason = unkeyed.config, UnsupportedModel("its attention is not known")
+    if config.model_type in LEFT_OUT:
+        raise UnsupportedModel(f"model type {config.model_type!r} is not supported: {LEFT_OUT[config.model_type]}")
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -200,7 +209,7 @@ def _seen(
     if len(around) != 1:
         raise UnsupportedModel(f"outside its layers there are {len(around)} norms, where one is known how to read")
     offset, centred, weighs = _norm_kind(tiny.model.get_submodule(around[0]), BASE["hidden"])
-    embedding = tiny.model.get_input_embeddings()
+    embedding: Any = tiny.model.get_input_embeddings()
     parameters = dict(tiny.model.named_parameters()).keys()
     return {
         "model_type": config.model_type,
@@ -213,9 +222,10 @@ def _seen(
         "centred": centred,
         "uncut": {} if weighs else {"hidden": "its norms have no weight to make up for channels that leave"},
         "transposed": any(isinstance(module, Conv1D) for module in tiny.layers.modules()),
-        "scaled_embedding": _is_scaled(embedding(tokens_BS), stream_BSH),
+        "scaled_embedding": _is_scaled(embedding.weight[tokens_BS], stream_BSH),
         "per_layer_fields": _probes.per_layer_fields(config),
         "layer_count_fields": tuple(k for k in _probes.LAYER_COUNTS if isinstance(getattr(config, k, None), int)),
+        "other_fields": _probes.other_fields(config),
         "buffers": tuple(sorted({tiny.split(name)[1] for name in stored(tiny.model).keys() - parameters})),
         "ignores_positions": _ignores_positions(tiny),
     }

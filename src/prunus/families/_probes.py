@@ -64,6 +64,7 @@ FORMULAS = (
 """What dimensions are made of, the likelier first."""
 LAYER_COUNTS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 """Config keys that hold "the first n layers"."""
+FOLLOW_HIDDEN = ("word_embed_proj_dim",)
 PLAIN_ROPE = ("rope_theta", "partial_rotary_factor")
 
 
@@ -87,6 +88,11 @@ def fields_of(config: PreTrainedConfig) -> dict[str, str]:
     if "kv_rank" in found:
         return {size: key for size, key in found.items() if size not in ("kv_heads", "head_dim")}
     return found
+
+
+def other_fields(config: PreTrainedConfig) -> dict[str, str]:
+    """Config keys that must follow a size, though they are not where it is read."""
+    return {key: "hidden" for key in FOLLOW_HIDDEN if getattr(config, key, None) == config.hidden_size}
 
 
 def per_layer_fields(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -126,6 +132,7 @@ def tiny(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig
         if "dropout" in key or "pdrop" in key:
             values[key] = 0.0 if isinstance(value, float) else value
     values |= {key: sizes[size] for size, key in fields_of(config).items() if size in sizes}
+    values |= {key: sizes[size] for key, size in other_fields(config).items()}
     known = config.to_dict()
     if "kv_rank" in sizes:  # latents are made into keys of every head
         values |= {key: sizes["heads"] for key in KEYS["kv_heads"] if key in known}

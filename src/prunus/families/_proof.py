@@ -66,7 +66,7 @@ def without(
     fixed = {axis: f"a tiny model so cut does not compute what it should ({wrong})" for axis, wrong in failed.items()}
     family = dataclasses.replace(family, uncut={**family.uncut, **fixed})
     left = [axis for axis in axes if axis not in family.uncut]
-    if not {"ffn", "expert_ffn"} & set(left) or len(left) < 3:
+    if not {"ffn", "expert_ffn"} & set(left) or len(left) < 2:
         raise UnsupportedModel(next(iter(failed.values()), "no neurons can be told"))
     if wrong := _wrong(family, config, model, tokens_BS, set(left)):
         raise UnsupportedModel(wrong)
@@ -236,6 +236,7 @@ def _cut(
         per_layer_fields=family.per_layer_fields,
         layer_count_fields=family.layer_count_fields,
         others=family.fixed,
+        other_fields=family.other_fields,
     )
     norms = {name for name, module in model.named_modules() if is_norm(module)}
     shrunk = math.sqrt(target.hidden / sizes.hidden) if family.scaled_embedding else 1.0

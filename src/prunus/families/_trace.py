@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunus.errors import UnsupportedModel
 from prunus.families.family import Branch
 
+ACTIVATIONS = ("activation_fn", "act_fn", "activation")
 SAME = 1e-4
 """Sums of the same numbers differ by rounding."""
 
@@ -165,11 +166,17 @@ def _mixers(layer: Layer) -> list[Mixer]:
     for name, call in calls.items():
         if "." in name or is_norm(call.module) or not any(True for _ in call.module.parameters()):
             continue
-        if call.gave.shape[-1] != call.given.shape[-1] or has_matrix(call.module):
-            raise UnsupportedModel(f"{name} of its layers has no module around it")
+        bare = has_matrix(call.module)
+        if bare and call.gave.shape[-1] != layer.call.given.shape[-1]:
+            continue  # the first of two projections
+        if not bare and call.gave.shape[-1] != call.given.shape[-1]:
+            raise UnsupportedModel(f"{name} of its layers changes the width of what it reads")
+        if bare:
+            call, branch = _without_module(layer, call)
+        else:
+            branch = _branch(call, [each for each in layer.inside if each.name.startswith(f"{name}.")])
         norm = next((each for each in norms if same(each.gave, call.given)), None)
         post = next((each for each in norms if same(each.given, call.gave) and each is not norm), None)
-        branch = _branch(call, [each for each in layer.inside if each.name.startswith(f"{name}.")])
         found.append(
             Mixer(
                 _replace(branch, norm=norm.name if norm else None, post_norm=post.name if post else None),
@@ -178,6 +185,17 @@ def _mixers(layer: Layer) -> list[Mixer]:
             )
         )
     return found
+
+
+def _without_module(layer: Layer, write: Call) -> tuple[Call, Branch]:
+    """An FFN whose two projections stand in the layer, as one call."""
+    reads = [c for c in layer.inside if "." not in c.name and has_matrix(c.module) and c.name != write.name]
+    called = [name for name in ACTIVATIONS if callable(getattr(layer.call.module, name, None))]
+    if len(reads) != 1 or not called:
+        raise UnsupportedModel(f"{write.name} of its layers has no module around it, and is no plain FFN's")
+    (read,) = reads
+    branch = Branch("ffn", "", None, (read.name,), write.name, "ffn", gate=read.name, activation=called[0])
+    return Call("", layer.call.module, read.given, write.gave), branch
 
 
 def _branch(mixer: Call, inside: list[Call]) -> Branch:

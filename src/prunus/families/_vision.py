@@ -3,7 +3,7 @@
 import dataclasses
 
 from prunus.families._decoder import Weights
-from prunus.families.family import Family
+from prunus.families.family import AS_IT_IS, Family
 
 LANGUAGE_MODEL = "model.language_model."
 
@@ -54,3 +54,24 @@ LLAVA_PREFIXES = (
     ("model.vision_tower.", "vision_tower.vision_model."),
 )
 """How LLaVA and its kin are stored; the tower of older checkpoints under a name of its own."""
+
+PROJECTOR = "model.multi_modal_projector."
+TWO_LAYERS: Weights = {
+    f"{PROJECTOR}linear_1.weight": ("hidden", AS_IT_IS),
+    f"{PROJECTOR}linear_2.weight": ("hidden", "hidden"),
+}
+"""A connector whose inner neurons are as many as hidden channels, so that both are cut together."""
+
+
+def like_llava(
+    text: Family, model_type: str, connector: Weights = TWO_LAYERS, connectors: tuple[str, ...] = ()
+) -> Family:
+    """The family of a model that is built, and stored, as LLaVA is."""
+    return with_vision(
+        text,
+        model_type,
+        vision=("model.vision_tower.", PROJECTOR),
+        connector=connector,
+        connectors=connectors,
+        stored_prefixes=LLAVA_PREFIXES,
+    )

@@ -93,7 +93,8 @@ class Branch:
 
     Attributes:
         name: "attention" or "ffn".
-        module: what computes the branch from the norm's output.
+        module: what computes the branch from the norm's output; "" where an FFN's two projections stand in the layer.
+        activation: in that case the layer's attribute that is called between them.
         norm: the norm through which the stream is read; None where it is read as it is (OLMo 2).
         reads: projections applied to the norm's output.
         write: projection whose output is added to the stream; None where experts alone write.
@@ -117,6 +118,7 @@ class Branch:
     experts: str | None = None
     write_gate: str | None = None
     beside: bool = False
+    activation: str = ""
     read_scale: str | None = None
     write_scale: str | None = None
 
@@ -172,7 +174,7 @@ class Family:
         vision: what names of tensors begin with that belong to a vision tower and the connector. They stay as they are
             but for the dimensions that `outer_weights` names.
         connectors: tensors that write to the stream beside an embedding that is scaled by √hidden.
-        other_fields: "section.key" of the config → a size that stands there too.
+        other_fields: key, or "section.key", of the config → a size that stands there too.
         first_layers: "section.key" of a list; as many first layers must stay, because something is added behind each.
     """
 
