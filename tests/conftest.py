@@ -137,9 +137,10 @@ VISION = {
                  "image_token_index": 96},
     "aya_vision": {"vision_config": CLIP | {"model_type": "siglip_vision_model", "image_size": 56},
                    "image_token_index": 96, "alignment_intermediate_size": 20},
+    "cohere2_vision": {"vision_config": CLIP | {"model_type": "siglip_vision_model", "image_size": 56},
+                       "image_token_id": 96, "alignment_intermediate_size": 20},
     "vipllava": {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, **CLIP},
                  "image_token_index": 96, "vision_feature_layers": [-2, -3]},
-    "paligemma": {"vision_config": CLIP | {"model_type": "siglip_vision_model"}, "image_token_index": 96},
 }  # fmt: skip
 """Of models that see: what stands beside the config of the decoder."""
 TEXT = {
@@ -159,8 +160,8 @@ TEXT = {
     "internvl": {"model_type": "qwen2"},
     "mistral3": {"model_type": "mistral"},
     "aya_vision": {"model_type": "cohere2", "layer_types": ["full_attention"] * 4},
+    "cohere2_vision": {"model_type": "cohere2", "layer_types": ["full_attention"] * 4},
     "vipllava": {"model_type": "llama"},
-    "paligemma": {"model_type": "gemma"},
 }
 """… and what stands in it."""
 VISION_TOKEN = 96
@@ -235,8 +236,6 @@ def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
     if model_type in VISION:
         text = SIZES | EPSILONS | TEXT[model_type] | (EXPERTS if "moe" in model_type else {}) | changes
         others = copy.deepcopy(VISION[model_type])
-        if model_type == "paligemma":
-            others["projection_dim"] = text["hidden_size"]
         if "depth" in others["vision_config"]:
             as_wide = "hidden_size" if model_type == "qwen2_vl" else "out_hidden_size"
             others["vision_config"][as_wide] = text["hidden_size"]
@@ -266,7 +265,7 @@ def seen(config: PreTrainedConfig) -> dict[str, Tensor]:
         patches = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
         return {"input_ids": tokens, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]]),
                 "mm_token_type_ids": kinds}  # fmt: skip
-    side = 56 if config.model_type in ("internvl", "mistral3", "aya_vision") else 28
+    side = 56 if config.model_type in ("internvl", "mistral3", "aya_vision", "cohere2_vision") else 28
     pixels = torch.randn(1, 3, side, side, generator=generator)
     if config.model_type == "mistral3":
         return {"input_ids": tokens, "pixel_values": pixels, "image_sizes": torch.tensor([[side, side]])}

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunus import attention, hardware
 from prunus.attention import CHUNK_ROWS, attend
 from prunus.families import family_of, known_families
-from prunus.layerwise import branches_of, layers_of
+from prunus.layerwise import body_of, branches_of, layers_of
 
 LENGTHS = (1, 7, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 30)
 needs_bf16 = pytest.mark.skipif(torch.cuda.is_available(), reason="the models are placed on the GPU")
@@ -82,14 +82,14 @@ def test_models_compute_the_same(family: str, tmp_path: Path, monkeypatch: pytes
     tokens, positions = RandomBlocks(torch.randint(0, 97, (2, 60))).batch([0, 1])
     inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
     with torch.no_grad():
-        ours = model(**inputs).logits.float()
-        own = [branches_of(layer, family_of(model.config.model_type)) for layer in layers_of(model)]
+        ours = body_of(model)(**inputs).last_hidden_state.float()
+        own = [branches_of(layer, family_of(model.config.model_type, model.config)) for layer in layers_of(model)]
         attends = sum(any(branch.inner == "heads" for branch in branches) for branches in own)
         assert len(calls) == attends
         with attention.uninstalled([model]):
-            plain = model(**inputs).logits.float()
+            plain = body_of(model)(**inputs).last_hidden_state.float()
             assert len(calls) == attends
-        exact = hardware.place(model, dtype=torch.float32)(**inputs).logits
+        exact = body_of(hardware.place(model, dtype=torch.float32))(**inputs).last_hidden_state
     # No farther from float32 than what bfloat16 costs anyway; of most tokens, as a router may send one elsewhere.
     assert (ours - exact).norm(dim=-1).median() < 1.5 * (plain - exact).norm(dim=-1).median()
 

@@ -134,10 +134,15 @@ def test_weights_that_are_not_numbers(model, refused, value):
 
 
 def test_an_unknown_model_type(model, refused):
-    reconfigure(model, model_type="mamba")
+    reconfigure(model, model_type="mambo")
     message = refused(model)
-    assert "'mamba' is not supported" in message
+    assert "'mambo' is not supported" in message
     assert all(family in message for family in known_families())
+
+
+def test_a_type_that_works_otherwise_says_how_far_it_came(model, refused):
+    reconfigure(model, model_type="bloom")
+    assert re.search("'bloom' is not supported: no file describes it, and a tiny model of it says: .+", refused(model))
 
 
 def test_a_model_with_its_own_code(model, refused):

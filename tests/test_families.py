@@ -14,6 +14,7 @@ from prunus import architecture, cost, dims
 from prunus.errors import BadCheckpoint, BadRecipe, UnsupportedModel
 from prunus.families import family_of, known_families
 from prunus.head import head_of
+from prunus.layerwise import body_of
 
 
 def test_counted_parameters_are_the_real_ones(teacher):
@@ -107,6 +108,16 @@ def test_per_layer_fields_follow_the_kept_layers(teacher):
     for key in teacher.family.layer_count_fields:
         assert cut[key] == sum(layer < config[key] for layer in (1, 3))
     assert type(teacher.family.text(teacher.config)).from_dict(cut).num_hidden_layers == 2
+
+
+def test_no_token_changes_what_comes_before_it(teacher, blocks):
+    model, tokens = teacher.module(torch.float32), blocks.batch([0])[0]
+    other = tokens.clone()
+    other[:, -1] = (tokens[:, -1] + 7) % 90 + 3
+    with torch.no_grad():
+        before, after = (body_of(model)(input_ids=each, use_cache=False).last_hidden_state for each in (tokens, other))
+    assert not torch.equal(before[:, -1], after[:, -1])
+    torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4)
 
 
 def test_old_configs_mean_hidden_by_heads():

@@ -33,6 +33,7 @@ def observed_inputs(teacher, blocks, layer, names):
     return seen, layers_of(model)[layer]
 
 
+@for_each_kind
 @pytest.mark.parametrize("layer", [1, 2])
 def test_signals_are_what_the_layers_compute(teacher, blocks, layer):
     stats = measure(teacher, blocks, grams=True)
@@ -55,6 +56,7 @@ def test_signals_are_what_the_layers_compute(teacher, blocks, layer):
         torch.testing.assert_close(stats.inverse_gram[axis][layer], expected, rtol=1e-3, atol=1e-4)
 
 
+@for_each_kind
 def test_experts_are_seen_one_by_one(teacher, blocks):
     """Against the experts' own module, called with one expert alone."""
     branch = next((branch for branch in teacher.family.branches if branch.experts), None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, builder, seen, weights_of
+from conftest import KINDS, builder, for_each_kind, seen, weights_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -271,8 +271,7 @@ def test_keeping_everything_is_bitwise_equal(teacher, blocks, tmp_path):
 
 @pytest.mark.parametrize(
     ("family_name", "axis"),
-    [case for case in CASES if case[1] in REPAIRED]
-    + [(name, "all") for name in known_families() if name not in KINDS and _own_cuts(family_of(name), "all")],
+    [case for case in CASES if case[1] in REPAIRED],
     indirect=["family_name"],
     scope="session",
 )
@@ -310,6 +309,7 @@ def test_repair_of_a_redundant_cut_is_exact(llama, blocks, tmp_path):
     assert error(repaired(teacher, student, blocks, damping=1e-7)) < 1e-3
 
 
+@for_each_kind
 def test_head_residuals_change_only_the_queries(teacher, blocks):
     reads = next((branch.reads for branch in teacher.family.branches if branch.inner == "heads"), None)
     if reads is None:

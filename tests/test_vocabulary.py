@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import VISION_TOKEN, add_tokenizer, seen, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadRecipe, UnsupportedModel
-from prunus.vocabulary import choose, count_tokens, trim
+from prunus.vocabulary import Vocabulary, choose, count_tokens, trim
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<unused0>", "<unused1>", "<|user|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -176,3 +176,25 @@ def test_a_model_learns_its_new_spelling(model, tmp_path, invoke):
             losses.append(float(written.module(torch.float32)(tokens, labels=tokens).loss))
     assert losses[1] < losses[0] - 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out0", "out1", "text.jsonl"]
+
+
+def test_a_model_that_sees_finds_its_image_token_again(tmp_path):
+    """The config names the token that stands for an image, and the decoder's part of it the vocabulary's size."""
+    folder = tiny_model("smolvlm", tmp_path / "model").folder
+    add_tokenizer(folder)
+    tokenizer = load(folder).tokenizer()
+    pixel, kept = len(tokenizer) - 1, 20
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(pixel)]})
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": pixel}))
+    whole, ids = load(folder), [*range(kept), pixel]
+    student = trim(whole, Vocabulary(ids, 1.0), to=tmp_path / "cut")
+    assert student.config.image_token_id == kept
+    assert student.config.text_config.vocab_size == len(ids)
+    image = seen(whole.config)
+    text, pixels = image["input_ids"] % kept, image["input_ids"] == VISION_TOKEN
+    before, after = (image | {"input_ids": text.masked_fill(pixels, token)} for token in (pixel, kept))
+    with torch.no_grad():
+        expected = whole.module()(**before).logits[..., ids]
+        torch.testing.assert_close(student.module()(**after).logits, expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import tempfile
@@ -49,54 +48,54 @@ Layout = dict[str, tuple[str, ...]]
 """Tensor, by its name inside a layer or its whole name → formula of each dimension."""
 
 
+_FOUND: dict[str, Family] = {}
+"""What was found already, by the options of a tiny config: models that differ in nothing but sizes are one family."""
+
+
 def infer(config: PreTrainedConfig) -> Family:
     """The family of a config.
 
     Raises:
         UnsupportedModel: how far it came.
     """
-    small = _probes.tiny(config, {size: BASE[size] for size in fields_of(config)})
-    options = {key: value for key, value in small.to_dict().items() if key not in ("_name_or_path", "architectures")}
-    return _infer(json.dumps(options, sort_keys=True, default=str), _Unkeyed(config))
-
-
-class _Unkeyed:
-    """A config that a cache takes for equal to any other: the text beside it is the key, in which models that differ in
-    nothing but sizes are the same."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unkeyed)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.cache
-def _infer(text: str, unkeyed: _Unkeyed) -> Family:
-    config, reason = unkeyed.config, UnsupportedModel("its attention is not known")
-    if config.model_type in LEFT_OUT:
-        raise UnsupportedModel(f"model type {config.model_type!r} is not supported: {LEFT_OUT[config.model_type]}")
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        for tied in _probes.may_be_tied(config):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                try:
-                    return _proven(config, tied)
-                except UnsupportedModel as error:
-                    reason = error
-                except Exception as error:  # a type's own code may raise whatever it likes at any step
-                    reason = UnsupportedModel(f"its code stopped ({type(error).__name__}: {_line(error)})")
+        if config.model_type in LEFT_OUT:
+            raise UnsupportedModel(LEFT_OUT[config.model_type])
+        key = _options(config)
+        if key not in _FOUND:
+            _FOUND[key] = _first_proven(config)
+        return _FOUND[key]
+    except UnsupportedModel as error:
+        reason: Exception = error
+    except Exception as error:  # a type's own code may raise whatever it likes at any step
+        reason = UnsupportedModel(f"its code stopped ({type(error).__name__}: {_line(error)})")
     finally:
         transformers_logging.set_verbosity(level)
     raise UnsupportedModel(
-        f"model type {config.model_type!r} is not supported: no file describes it, and what a tiny model of it shows "
-        f"is not enough: {reason}. docs/add_a_family.md shows how to add it."
+        f"model type {config.model_type!r} is not supported: no file describes it, and a tiny model of it says: "
+        f"{reason}. docs/add_a_family.md shows how to add it."
     ) from reason
+
+
+def _options(config: PreTrainedConfig) -> str:
+    small = _probes.tiny(config, {size: BASE[size] for size in fields_of(config)})
+    options = {key: value for key, value in small.to_dict().items() if key not in ("_name_or_path", "architectures")}
+    return json.dumps(options, sort_keys=True, default=str)
+
+
+def _first_proven(config: PreTrainedConfig) -> Family:
+    """Without a tie between hidden and heads where that is right, else with it."""
+    reason = UnsupportedModel("its attention is not known")
+    for tied in _probes.may_be_tied(config):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                return _proven(config, tied)
+            except UnsupportedModel as error:
+                reason = error
+    raise reason
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,7 @@ def _proven(config: PreTrainedConfig, tied: bool) -> Family:
             tiny.body(input_ids=tokens_BS, use_cache=False)
         except Exception as error:  # whatever its code runs into
             raise UnsupportedModel(f"it does not run on text ({_line(error)})") from error
+    _check_causal(tiny, tokens_BS)
     branches = _trace.by_mark([_trace.branches(layer, tiny.config) for layer in ran])
     seen = _seen(config, tiny, branches, ran[0].call.given, tokens_BS)
     best: tuple[Family, dict[str, str]] | None = None
@@ -153,6 +153,22 @@ def _proven(config: PreTrainedConfig, tied: bool) -> Family:
             break
     assert best is not None
     return _proof.without(*best, tiny.config, tiny.model, tokens_BS)
+
+
+@torch.no_grad()
+def _check_causal(tiny: Tiny, tokens_BS: Tensor) -> None:
+    """A model that reads both ways learns from text to look at what it should predict.
+
+    Raises:
+        UnsupportedModel: a token changes what comes before it.
+    """
+    other_BS = tokens_BS.clone()
+    other_BS[:, -1] = tokens_BS[:, -1] % 50 + 10
+    before, after = (
+        tiny.body(input_ids=each, use_cache=False).last_hidden_state[:, :-1] for each in (tokens_BS, other_BS)
+    )
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-4):
+        raise UnsupportedModel("it reads text in both directions")
 
 
 def _line(error: Exception) -> str:

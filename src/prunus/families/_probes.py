@@ -110,8 +110,10 @@ def tiny(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig
     """A config of the same options and other sizes.
 
     Raises:
-        UnsupportedModel: its class refuses these.
+        UnsupportedModel: its class refuses these, or has no keys for them.
     """
+    if lacking := {"layers", "hidden", "vocab"} - fields_of(config).keys():
+        raise UnsupportedModel(f"its config has no key for {', '.join(sorted(lacking))}")
     values = copy.deepcopy(config.to_dict())
     kept = _sampled_layers([values[key] for key in per_layer_fields(config)], config.num_hidden_layers)
     for key in per_layer_fields(config):
@@ -186,8 +188,6 @@ def probes(config: PreTrainedConfig, *, tied: bool) -> list[Probe]:
     """
     fields = fields_of(config)
     sizes = {size: BASE[size] for size in fields if not (tied and size == "head_dim")}
-    if lacking := {"layers", "hidden", "vocab"} - fields.keys():
-        raise UnsupportedModel(f"its config has no key for {', '.join(sorted(lacking))}")
     alone = [{size: step} for size, step in STEPS.items() if size in sizes and not (tied and size in TIED)]
     wider = {"hidden": STEPS["hidden"]}
     changes: list[dict[str, int]] = [{}, *alone, *([wider, wider | {"heads": STEPS["heads"]}] if tied else [])]

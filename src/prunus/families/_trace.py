@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,32 +200,52 @@ def _without_module(layer: Layer, write: Call) -> tuple[Call, Branch]:
 
 def _branch(mixer: Call, inside: list[Call]) -> Branch:
     """Its projections; what it is called, and its inner axis, follow from what it takes."""
-    experts = next((name for name in _stacked(mixer.module)), None)
+    experts = _stacked(mixer)
     matrices = [call for call in inside if _has_weight(call.module) and not call.name.startswith(f"{experts}.")]
     reads = [call for call in matrices if same(call.given, mixer.given)]
     writes = [call for call in matrices if call not in reads and call.gave.shape[-1] == mixer.given.shape[-1]]
-    attends = "position_embeddings" in inspect.signature(mixer.module.forward).parameters or any(
-        "attn" in part or "attention" in part for part in (mixer.name, type(mixer.module).__name__.lower())
-    )
-    if not reads or not (writes or experts):
+    write = writes[-1] if writes else None
+    if not reads or not (write or experts):
         raise UnsupportedModel(f"{mixer.name} has no projection that reads, or none that writes")
-    if not experts and not same(writes[-1].gave, mixer.gave):
-        raise UnsupportedModel(f"what {mixer.name} gives back is not the output of {writes[-1].name}")
-    kind, inner = ("attention", "heads") if attends else ("ffn", "ffn")
-    if experts:
-        kind, inner = "experts", "shared_ffn" if writes else ""
-    activated = {call.name: call.given for call in inside if not any(True for _ in call.module.parameters())}
-    gate = next((read.name for read in reads if any(same(read.gave, given) for given in activated.values())), None)
+    attends = not experts and _attends(mixer)
+    activated = [call.given for call in inside if not any(True for _ in call.module.parameters())]
+    gate = next((read.name for read in reads if any(same(read.gave, given) for given in activated)), None)
+    kind, inner = ("experts", "shared_ffn" if write else "") if experts else ("ffn", "ffn")
     return Branch(
-        name=kind,
+        name="attention" if attends else kind,
         module=mixer.name,
         norm=None,
         reads=tuple(dict.fromkeys(call.name for call in reads)),
-        write=writes[-1].name if writes else None,
-        inner=inner,
+        write=write.name if write else None,
+        inner="heads" if attends else inner,
         gate=None if attends else gate,
-        experts=f"{mixer.name}.{experts.removeprefix(mixer.name).lstrip('.')}" if experts else None,
+        experts=experts,
+        write_gate=_write_gate(mixer, next((c for c in inside if c.name == experts), None), reads, write),
     )
+
+
+def _attends(mixer: Call) -> bool:
+    names = (mixer.name, type(mixer.module).__name__.lower())
+    takes = inspect.signature(mixer.module.forward).parameters
+    return "position_embeddings" in takes or any("attn" in name or "attention" in name for name in names)
+
+
+def _write_gate(mixer: Call, experts: Call | None, reads: list[Call], write: Call | None) -> str | None:
+    """The projection whose sigmoid multiplies what the last one writes, beside experts.
+
+    Raises:
+        UnsupportedModel: what comes out is neither that nor the plain output.
+    """
+    if write is None:
+        return None
+    rest = mixer.gave if experts is None else mixer.gave - experts.gave.reshape(mixer.gave.shape)
+    written = write.gave.reshape(mixer.gave.shape)
+    if _close(rest, written):
+        return None
+    for read in reads if experts else []:
+        if read.gave.shape[-1] == 1 and _close(rest, written * read.gave.reshape(*rest.shape[:-1], 1).sigmoid()):
+            return read.name
+    raise UnsupportedModel(f"what {mixer.name} gives back is not the output of {write.name}")
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -233,11 +253,12 @@ def _has_weight(module: nn.Module) -> bool:
     return has_matrix(module) and not isinstance(module, nn.Embedding)
 
 
-def _stacked(module: nn.Module) -> Iterator[str]:
-    """Names of modules that hold stacked weights."""
-    for name, child in module.named_modules():
-        if any(value.ndim == 3 for value in child._parameters.values() if value is not None) and name:
-            yield name
+def _stacked(mixer: Call) -> str | None:
+    """Name of a module that holds stacked weights."""
+    for name, module in mixer.module.named_modules():
+        if name and any(value is not None and value.ndim == 3 for value in module._parameters.values()):
+            return f"{mixer.name}.{name}"
+    return None
 
 
 def by_mark(layers: list[list[Branch]]) -> tuple[Branch, ...]:
@@ -246,9 +267,9 @@ def by_mark(layers: list[list[Branch]]) -> tuple[Branch, ...]:
     Raises:
         UnsupportedModel: two layers have different branches of one name.
     """
-    found: Mapping[str, Branch] = {}
+    found: dict[str, Branch] = {}
     for branches in layers:
         for branch in branches:
-            if found.setdefault(branch.mark, branch) != branch:  # type: ignore[attr-defined]
+            if found.setdefault(branch.mark, branch) != branch:
                 raise UnsupportedModel(f"{branch.module} works in different ways in different layers")
     return tuple(sorted(found.values(), key=lambda branch: branch.name != "attention"))

@@ -25,4 +25,5 @@ FAMILY = Family(
     scaled_embedding=True,
     constraints=("even_head_dim", "heads_divide_hidden"),
     per_layer_fields=("layer_types",),
+    requires={"use_bidirectional_attention": False},
 )
