@@ -82,7 +82,9 @@ def test_variants_that_compute_otherwise_are_refused(teacher, tmp_path):
         folder = shutil.copytree(teacher.folder, tmp_path / key)
         config = json.loads((folder / "config.json").read_text())
         other = 2 if value == 1 and value is not True else not value
-        (folder / "config.json").write_text(json.dumps(config | {key: other}))
+        nested = teacher.family.nested
+        changed = {nested: config[nested] | {key: other}} if nested else {key: other}
+        (folder / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(
             (UnsupportedModel, BadCheckpoint),
             match=f"contradicts|is not a valid config|it lacks|{key} is {other}|of {config['model_type']} only|no rule",

@@ -48,7 +48,7 @@ def inferred(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return pr.load(folder)
 
 
-@pytest.mark.parametrize("draw", range(2))
+@pytest.mark.parametrize("draw", range(1))
 def test_a_type_without_a_file_is_cut_as_those_with_one(inferred, blocks, draw, tmp_path):
     assert inferred.config.model_type not in known_families()
     student = cut_and_reload(inferred, drawn(inferred, draw), blocks, tmp_path)

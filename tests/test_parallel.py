@@ -87,6 +87,7 @@ def test_one_rank_goes_on_with_two_and_two_with_one(setting, alone, tmp_path):
     assert_same(to, alone)
 
 
+@pytest.mark.parametrize("setting", ["gemma3_text"], indirect=True)
 def test_two_ranks_with_hidden_loss_cross_entropy_and_evaluation(setting, tmp_path):
     settings = {"hidden_loss": "mse", "hidden_layers": 2, "cross_entropy_share": 0.2, "evaluate_every": 4,
                 "on_policy_share": 0.25}  # fmt: skip
@@ -99,6 +100,7 @@ def test_two_ranks_with_hidden_loss_cross_entropy_and_evaluation(setting, tmp_pa
         assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.parametrize("setting", ["llama"], indirect=True)
 def test_two_ranks_in_bfloat16_stay_near_one(setting, tmp_path):
     for ranks in (1, 2):
         trained(ranks, setting, tmp_path / str(ranks), dtype="bfloat16")
@@ -106,6 +108,7 @@ def test_two_ranks_in_bfloat16_stay_near_one(setting, tmp_path):
     assert two == pytest.approx(one, rel=0.02)
 
 
+@pytest.mark.parametrize("setting", ["llama"], indirect=True)
 def test_a_batch_that_ranks_cannot_share_is_refused(setting, tmp_path):
     trained(2, setting, tmp_path / "a", settings={"batch_tokens": 96}, code=1)
     assert not (tmp_path / "a").exists()

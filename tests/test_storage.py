@@ -74,3 +74,18 @@ def test_a_body_without_a_head_and_with_buffers_of_old(tmp_path):
     assert torch.equal(opened.tensor("transformer.h.1.mlp.c_fc.weight"), bare["h.1.mlp.c_fc.weight"])
     found = opened.module().get_parameter("transformer.h.1.mlp.c_fc.weight")
     assert torch.equal(found, bare["h.1.mlp.c_fc.weight"])
+
+
+def test_a_vision_tower_under_its_old_name(tmp_path):
+    """As LLaVA 1.5 and Gemma 3 were published."""
+    model = tiny_model("llava", tmp_path / "model")
+    old = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): value
+        for name, value in load_file(model.folder / "model.safetensors").items()
+    }
+    assert any("vision_tower.vision_model." in name for name in old)
+    save_file(old, model.folder / "model.safetensors", metadata={"format": "pt"})
+    opened = load(model.folder)
+    found = opened.module().state_dict()
+    assert opened.stored.keys() == model.stored.keys()
+    assert all(torch.equal(opened.tensor(name), found[name]) for name in opened.stored)

@@ -241,7 +241,7 @@ class Family:
 
     def text(self, config: Any) -> Any:
         """The language model's part of a config."""
-        return getattr(config, self.nested) if self.nested else config
+        return getattr(config, self.nested, None) if self.nested else config
 
     def fits(self, config: object) -> bool:
         """Whether a config has what is required."""
