@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 from prunus import dims
 from prunus.architecture import AXES
 from prunus.errors import UnsupportedModel
-from prunus.families import _probes, _proof, _trace
+from prunus.families import _probes, _trace
 from prunus.families._probes import BASE, Probe, fields_of, stored
+from prunus.families._proof import Trial
 from prunus.families.family import Branch, Family
 
 BLOCKS, TOKENS = 2, 20
@@ -143,16 +144,17 @@ def _proven(config: PreTrainedConfig, tied: bool) -> Family:
     _check_causal(tiny, tokens_BS)
     branches = _trace.by_mark([_trace.branches(layer, tiny.config) for layer in ran])
     seen = _seen(config, tiny, branches, ran[0].call.given, tokens_BS)
-    best: tuple[Family, dict[str, str]] | None = None
+    best: tuple[Trial, dict[str, str]] | None = None
     for layout in itertools.islice(_layouts(tiny, branches, seen["transposed"]), MOST_TRIES):
-        family = _family(config, tiny, seen, layout)
-        failed = _proof.failures(family, tiny.config, tiny.model, tokens_BS)
+        trial = Trial(_family(config, tiny, seen, layout), tiny.config, tiny.model, tokens_BS)
+        failed = trial.failures()
         if best is None or len(failed) < len(best[1]):
-            best = (family, failed)
+            best = (trial, failed)
         if not failed:
             break
     assert best is not None
-    return _proof.without(*best, tiny.config, tiny.model, tokens_BS)
+    trial, failed = best
+    return trial.without(failed)
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """Whether a family's data is right: a tiny model with parts set to zero computes what a model without them does.
 
-The same is tested for every family file; a family that was inferred has to show it before it is believed.
+The same is tested for every family file; a family that was found by experiment has to show it before it is believed.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Mapping
@@ -28,8 +29,13 @@ from prunus.families.family import Family
 
 TOLERANCE = 2e-4
 UNREACHABLE = -1e4
+"""A router's logit of an expert that must not be chosen."""
 TRIES = 4_000
+"""How often a legal architecture is looked for."""
 DRAWS = 4
+"""Cuts that are tried where layers leave, which may be of several kinds."""
+GROUPED = ("layers", "heads", "kv_heads", "experts", "top_k")
+"""Axes whose parts are not chosen one by one."""
 
 
 @dataclass(frozen=True)
@@ -39,92 +45,176 @@ class Choice:
     layers: list[int]
     axes: Mapping[str, Tensor]
 
-
-def failures(family: Family, config: PreTrainedConfig, model: PreTrainedModel, tokens_BS: Tensor) -> dict[str, str]:
-    """Axes whose cut does not compute what it should, each with what was seen. Each is cut by itself, or with what must
-    be cut along.
-
-    Args:
-        model: tiny, in float32, with random weights.
-    """
-    found = {}
-    for axis in _sizes(family, config, model).axes():
-        if axis not in family.uncut and (wrong := _wrong(family, config, model, tokens_BS, {axis})):
-            found[axis] = wrong
-    return found
+    def index(self, unit: str, sizes: Architecture) -> Tensor | None:
+        """What stays along a dimension; None keeps all."""
+        return dims.index(unit, sizes, self.axes.get)
 
 
-def without(
-    family: Family, failed: Mapping[str, str], config: PreTrainedConfig, model: PreTrainedModel, tokens_BS: Tensor
-) -> Family:
-    """The family with these axes fixed, after the others were cut together.
+@dataclass(frozen=True)
+class Trial:
+    """A family, and a tiny model that it should describe, in float32 with random weights."""
 
-    Raises:
-        UnsupportedModel: that fails, or too little is left.
-    """
-    axes = _sizes(family, config, model).axes()
-    fixed = {axis: f"a tiny model so cut does not compute what it should ({wrong})" for axis, wrong in failed.items()}
-    family = dataclasses.replace(family, uncut={**family.uncut, **fixed})
-    left = [axis for axis in axes if axis not in family.uncut]
-    if not {"ffn", "expert_ffn"} & set(left) or len(left) < 2:
-        raise UnsupportedModel(next(iter(failed.values()), "no neurons can be told"))
-    if wrong := _wrong(family, config, model, tokens_BS, set(left)):
-        raise UnsupportedModel(wrong)
-    return family
+    family: Family
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    tokens_BS: Tensor
 
+    @functools.cached_property
+    def layout(self) -> dict[str, tuple[str, ...]]:
+        units = {name: self.family.units(name, value.shape) for name, value in stored(self.model).items()}
+        return {name: each or () for name, each in units.items()}
 
-def _sizes(family: Family, config: PreTrainedConfig, model: PreTrainedModel) -> Architecture:
-    units = (family.units(name, value.shape) or () for name, value in stored(model).items())
-    return family.architecture(config).only(family.sizes(unit for each in units for unit in each))
+    @functools.cached_property
+    def sizes(self) -> Architecture:
+        formulas = self.family.sizes(unit for units in self.layout.values() for unit in units)
+        return self.family.architecture(self.config).only(formulas)
 
+    def failures(self) -> dict[str, str]:
+        """Axes whose cut does not compute what it should, each with what was seen. Each is cut by itself, or with what
+        must be cut along."""
+        able = [axis for axis in self.sizes.axes() if axis not in self.family.uncut]
+        found = {axis: self._wrong({axis}) for axis in able}
+        return {axis: wrong for axis, wrong in found.items() if wrong}
 
-def _wrong(
-    family: Family, config: PreTrainedConfig, model: PreTrainedModel, tokens_BS: Tensor, axes: set[str]
-) -> str | None:
-    """What is wrong with cuts of these axes; None if nothing is. Which layers go is drawn more often than other things:
-    they may be of several kinds."""
-    draws = DRAWS if "layers" in axes else 1
-    found = (_wrong_once(family, config, model, tokens_BS, axes, random.Random(draw)) for draw in range(draws))
-    return next(filter(None, found), None)
+    def without(self, failed: Mapping[str, str]) -> Family:
+        """The family with these axes fixed, after the others were cut together.
 
+        Raises:
+            UnsupportedModel: that fails, or too little is left.
+        """
+        fixed = {axis: f"a tiny model so cut does not compute what it should ({why})" for axis, why in failed.items()}
+        family = dataclasses.replace(self.family, uncut={**self.family.uncut, **fixed})
+        left = {axis for axis in self.sizes.axes() if axis not in family.uncut}
+        if not {"ffn", "expert_ffn"} & left or len(left) < 2:
+            raise UnsupportedModel(next(iter(failed.values()), "no neurons can be told"))
+        if wrong := dataclasses.replace(self, family=family)._wrong(left):
+            raise UnsupportedModel(wrong)
+        return family
 
-def _wrong_once(
-    family: Family,
-    config: PreTrainedConfig,
-    model: PreTrainedModel,
-    tokens_BS: Tensor,
-    axes: set[str],
-    generator: random.Random,
-) -> str | None:
-    sizes = _sizes(family, config, model)
-    target = _target(family, sizes, axes, generator)
-    if target is None:
+    def _wrong(self, axes: set[str]) -> str | None:
+        """What is wrong with cuts of these axes; None if nothing is."""
+        generators = map(random.Random, range(DRAWS if "layers" in axes else 1))
+        return next(filter(None, (self._wrong_once(axes, generator) for generator in generators)), None)
+
+    def _wrong_once(self, axes: set[str], generator: random.Random) -> str | None:
+        target = self._target(axes, generator)
+        if target is None:
+            return None
+        choice = _choice(self.sizes, target, generator)
+        expected = _logits(self._masked(choice, target), self.tokens_BS)
+        try:
+            found = _logits(self._cut(choice, target), self.tokens_BS)
+        except Exception as error:  # config classes and models raise what they like
+            return f"cut to {target}, it does not run: {' '.join(str(error).split())[:150]}"
+        gap = float((found - expected).norm() / expected.norm())
+        return None if gap < TOLERANCE else f"cut to {target}, its logits differ by {gap:.0e}"
+
+    def _target(self, axes: set[str], generator: random.Random) -> Architecture | None:
+        """A legal architecture in which some of these axes are cut, and others only where they must be."""
+        sizes = self.sizes
+        joint = axes | ({"hidden", "heads", "kv_heads"} & (sizes.axes().keys() - self.family.uncut.keys()))
+        for attempt in range(TRIES):
+            able = [axis for axis in sorted(axes if attempt < TRIES // 2 else joint) if sizes[axis] > 1]
+            drawn = {axis: generator.randint(max(1, sizes[axis] // 3), sizes[axis] - 1) for axis in able}
+            target = sizes.replace(**drawn)
+            if drawn.keys() & axes and not self.family.illegal(target) and _per_group(target) <= _per_group(sizes):
+                return target
         return None
-    layout = {name: family.units(name, value.shape) for name, value in stored(model).items()}
-    given = (family, config, model, layout, _choice(sizes, target, generator), sizes, target)
-    expected = _logits(_masked(*given), tokens_BS)
-    try:
-        found = _logits(_cut(*given), tokens_BS)
-    except UnsupportedModel as error:
-        return str(error)
-    except (RuntimeError, ValueError) as error:
-        return f"cut to {target}, it does not run: {' '.join(str(error).split())[:100]}"
-    error_of = float((found - expected).norm() / expected.norm())
-    return None if error_of < TOLERANCE else f"cut to {target}, its logits differ by {error_of:.0e}"
+
+    def _masked(self, choice: Choice, target: Architecture) -> PreTrainedModel:
+        """The whole model with everything else set to zero, and dropped experts out of reach."""
+        config = copy.deepcopy(self.config)
+        if "top_k" in target:
+            setattr(config, self.family.fields["top_k"], target.top_k)
+        masked = _model(config)
+        values = {}
+        for name, value in stored(self.model).items():
+            layer, local = self.family.split(name)
+            value = value.detach().clone()
+            nothing = UNREACHABLE if local in self.family.buffers else 0.0
+            for dim, unit in enumerate(self.layout[name]):
+                if (index := choice.index(unit, self.sizes)) is not None:
+                    gone = torch.ones(value.shape[dim], dtype=torch.bool).index_fill_(0, index, False)
+                    value.index_fill_(dim, gone.nonzero().flatten(), nothing)
+            stays = layer is None or layer in choice.layers
+            values[name] = self._centred(name, value, choice) if stays else torch.zeros_like(value)
+        masked.load_state_dict(values, strict=False)
+        if "experts" in target and target.experts < self.sizes.experts:
+            self._hide(masked, choice.axes["experts"])
+        return masked
+
+    def _centred(self, name: str, value: Tensor, choice: Choice) -> Tensor:
+        """What writes to the stream with a mean of zero over the kept channels: a LayerNorm takes off the mean, which
+        the dropped channels have a part in."""
+        family, module = self.family, self.family.split(name)[1].rpartition(".")[0]
+        outer = {each.rpartition(".")[0] for each in family.outer_weights} - {family.head, family.final_norm}
+        if family.centred and module in outer | {branch.write for branch in family.branches}:
+            for dim, unit in enumerate(self.layout[name]):
+                if unit == "hidden":
+                    kept = value.index_select(dim, choice.axes["hidden"])
+                    value = value.index_copy(dim, choice.axes["hidden"], kept - kept.mean(dim, keepdim=True))
+        return value
+
+    def _hide(self, model: nn.Module, kept: Tensor) -> None:
+        """Routers never choose an expert that leaves."""
+        reads = [read for branch in self.family.branches if branch.experts for read in branch.reads]
+        routers = {read for read in reads if self.family.outputs(read) == "experts"}
+        gone = torch.ones(self.sizes.experts, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
+        for name, module in model.named_modules():
+            if self.family.split(name)[1] in routers:
+                module.forward = _blind(module.forward, gone)
+
+    def _cut(self, choice: Choice, target: Architecture) -> PreTrainedModel:
+        """The model without what leaves."""
+        family = self.family
+        values = to_config(
+            self.config.to_dict(),
+            target,
+            fields=family.fields,
+            kept_layers=choice.layers,
+            per_layer_fields=family.per_layer_fields,
+            layer_count_fields=family.layer_count_fields,
+            others=family.fixed,
+            other_fields=family.other_fields,
+        )
+        student = {}
+        for name, value in stored(self.model).items():
+            layer, local = family.split(name)
+            if layer is None or layer in choice.layers:
+                own = name if layer is None else f"{family.layer_prefix}{choice.layers.index(layer)}.{local}"
+                student[own] = self._sliced(name, value.detach(), choice, target)
+        cut = _model(type(self.config).from_dict(values))
+        missing, unexpected = cut.load_state_dict(student, strict=False)
+        lacking = [name for name in missing if name in stored(cut) and name not in cut.all_tied_weights_keys]
+        if unexpected or lacking:
+            raise UnsupportedModel(f"it has other tensors, such as {[*unexpected, *lacking][0]}")
+        return cut
+
+    def _sliced(self, name: str, value: Tensor, choice: Choice, target: Architecture) -> Tensor:
+        """What stays of a tensor. Norms are corrected for channels that left, which were zero; and of an embedding that
+        is scaled by √hidden what is written beside it shrinks alike."""
+        family, whole = self.family, value.shape
+        value = self._centred(name, value, choice)
+        for dim, unit in enumerate(self.layout[name]):
+            if (index := choice.index(unit, self.sizes)) is not None:
+                value = value.index_select(dim, index)
+        module = family.split(name)[1].removesuffix(".weight")
+        shrunk = math.sqrt(target.hidden / self.sizes.hidden) if family.scaled_embedding else 1.0
+        if name.removesuffix(".weight") in self._norms and value.shape != whole:
+            behind = any(module == branch.post_norm for branch in family.branches)
+            scale = math.sqrt(whole[0] / value.shape[0]) * (shrunk if behind else 1.0)
+            return (value + family.norm_offset) * scale - family.norm_offset
+        bare = any(module == branch.write and not branch.post_norm for branch in family.branches)
+        return value * shrunk if bare else value
+
+    @functools.cached_property
+    def _norms(self) -> set[str]:
+        return {name for name, module in self.model.named_modules() if is_norm(module)}
 
 
-def _target(family: Family, sizes: Architecture, axes: set[str], generator: random.Random) -> Architecture | None:
-    """A legal architecture in which these axes are cut, and others only where they must be."""
-    joint = axes | {"hidden", "heads", "kv_heads"} & sizes.axes().keys() - family.uncut.keys()
-    for attempt in range(TRIES):
-        free = axes if attempt < TRIES // 2 else joint
-        able = [axis for axis in sorted(free) if sizes[axis] > 1]
-        drawn = {axis: generator.randint(max(1, sizes[axis] // 3), sizes[axis] - 1) for axis in able}
-        target = sizes.replace(**drawn)
-        per_group = (size.heads // size.kv_heads for size in (target, sizes)) if "heads" in sizes else iter((1, 1))
-        if drawn.keys() & axes and not family.illegal(target) and next(per_group) <= next(per_group):
-            return target
-    return None
+def _per_group(sizes: Architecture) -> int:
+    """Query heads of a key-value group."""
+    return sizes.heads // sizes.kv_heads if "heads" in sizes else 1
 
 
 def _choice(sizes: Architecture, target: Architecture, generator: random.Random) -> Choice:
@@ -134,79 +224,19 @@ def _choice(sizes: Architecture, target: Architecture, generator: random.Random)
     def grouped(groups: list[int], per_group: int, keep: int) -> list[int]:
         return [group * per_group + place for group in groups for place in some(per_group, keep)]
 
-    plain = [axis for axis in AXES if axis in sizes and axis not in ("layers", "heads", "kv_heads", "experts", "top_k")]
-    chosen = {axis: some(sizes[axis], target[axis]) for axis in plain}
+    chosen = {axis: some(sizes[axis], target[axis]) for axis in AXES if axis in sizes and axis not in GROUPED}
     if "heads" in sizes:
         chosen["kv_heads"] = some(sizes.kv_heads, target.kv_heads)
-        per_group = sizes.heads // sizes.kv_heads
-        chosen["heads"] = grouped(chosen["kv_heads"], per_group, target.heads // target.kv_heads)
+        chosen["heads"] = grouped(chosen["kv_heads"], _per_group(sizes), _per_group(target))
     if "experts" in sizes:
         groups = sizes.get("expert_groups", 1)
         chosen["experts"] = grouped(list(range(groups)), sizes.experts // groups, target.experts // groups)
     return Choice(some(sizes.layers, target.layers), {axis: torch.tensor(kept) for axis, kept in chosen.items()})
 
 
-Layout = Mapping[str, tuple[str, ...] | None]
-
-
-def _masked(
-    family: Family,
-    config: PreTrainedConfig,
-    model: PreTrainedModel,
-    layout: Layout,
-    choice: Choice,
-    sizes: Architecture,
-    target: Architecture,
-) -> PreTrainedModel:
-    changed = copy.deepcopy(config)
-    if "top_k" in sizes:
-        setattr(changed, family.fields["top_k"], target.top_k)
-    masked = _model(changed)
-    values = {}
-    for name, value in stored(model).items():
-        layer, local = family.split(name)
-        value = value.detach().clone()
-        if layer is not None and layer not in choice.layers:
-            values[name] = torch.zeros_like(value)
-            continue
-        for dim, unit in enumerate(layout[name] or ()):
-            index = dims.index(unit, sizes, choice.axes.get)
-            if index is not None:
-                gone = torch.ones(value.shape[dim], dtype=torch.bool).index_fill_(0, index, False)
-                value.index_fill_(dim, gone.nonzero().flatten(), UNREACHABLE if local in family.buffers else 0.0)
-        values[name] = _centred(family, local, value, layout[name] or (), choice)
-    masked.load_state_dict(values, strict=False)
-    if target.get("experts") != sizes.get("experts"):
-        for branch in family.branches:
-            if branch.experts:
-                _hide(masked, family, branch.reads, choice)
-    return masked
-
-
-def _centred(family: Family, local: str, value: Tensor, units: tuple[str, ...], choice: Choice) -> Tensor:
-    """What writes to the stream with a mean of zero over the kept channels: a LayerNorm takes off the mean, which the
-    dropped channels have a part in."""
-    module = local.rpartition(".")[0]
-    outer = {name.rpartition(".")[0] for name in family.outer_weights} - {family.head, family.final_norm}
-    if family.centred and (module in outer or any(module == branch.write for branch in family.branches)):
-        for dim, unit in enumerate(units):
-            if unit == "hidden":
-                kept = value.index_select(dim, choice.axes["hidden"])
-                value = value.index_copy(dim, choice.axes["hidden"], kept - kept.mean(dim, keepdim=True))
-    return value
-
-
-def _hide(model: PreTrainedModel, family: Family, reads: tuple[str, ...], choice: Choice) -> None:
-    """Routers never choose an expert that leaves."""
-    router = next(read for read in reads if family.outputs(read) == "experts")
-    for name, module in model.named_modules():
-        if family.split(name)[1] == router:
-            count = module.weight.shape[0]
-            gone = [expert for expert in range(count) if expert not in choice.axes["experts"].tolist()]
-            module.forward = _blind(module.forward, torch.tensor(gone))
-
-
 def _blind(forward: Any, gone: Tensor) -> Any:
+    """A router's forward that sees logits without these experts."""
+
     class Unreachable(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             found = function(*args, **(kwargs or {}))
@@ -217,56 +247,6 @@ def _blind(forward: Any, gone: Tensor) -> Any:
             return forward(*args, **kwargs)
 
     return blind
-
-
-def _cut(
-    family: Family,
-    config: PreTrainedConfig,
-    model: PreTrainedModel,
-    layout: Layout,
-    choice: Choice,
-    sizes: Architecture,
-    target: Architecture,
-) -> PreTrainedModel:
-    values = to_config(
-        config.to_dict(),
-        target,
-        fields=family.fields,
-        kept_layers=choice.layers,
-        per_layer_fields=family.per_layer_fields,
-        layer_count_fields=family.layer_count_fields,
-        others=family.fixed,
-        other_fields=family.other_fields,
-    )
-    norms = {name for name, module in model.named_modules() if is_norm(module)}
-    shrunk = math.sqrt(target.hidden / sizes.hidden) if family.scaled_embedding else 1.0
-    student = {}
-    for name, value in stored(model).items():
-        layer, local = family.split(name)
-        if layer is not None and layer not in choice.layers:
-            continue
-        value, units = _centred(family, local, value.detach(), layout[name] or (), choice), layout[name] or ()
-        before = value.shape
-        for dim, unit in enumerate(units):
-            index = dims.index(unit, sizes, choice.axes.get)
-            value = value if index is None else value.index_select(dim, index)
-        module = local.removesuffix(".weight")
-        posts, writes = ({getattr(branch, kind) for branch in family.branches} for kind in ("post_norm", "write"))
-        if name.removesuffix(".weight") in norms and value.shape != before:
-            scale = math.sqrt(before[0] / value.shape[0]) * (shrunk if module in posts else 1.0)
-            value = (value + family.norm_offset) * scale - family.norm_offset
-        elif module in writes and not any(b.post_norm for b in family.branches if b.write == module):
-            value = value * shrunk
-        student[name if layer is None else f"{family.layer_prefix}{choice.layers.index(layer)}.{local}"] = value
-    try:
-        cut = _model(type(config).from_dict(values))
-        missing, unexpected = cut.load_state_dict(student, strict=False)
-    except Exception as error:  # config classes and models raise what they like
-        raise UnsupportedModel(f"cut to {target}, it is not built ({' '.join(str(error).split())[:200]})") from error
-    lacking = [name for name in missing if name in stored(cut) and name not in cut.all_tied_weights_keys]
-    if unexpected or lacking:
-        raise UnsupportedModel(f"cut to {target}, it has other tensors, such as {[*unexpected, *lacking][0]}")
-    return cut
 
 
 def _model(config: PreTrainedConfig) -> PreTrainedModel:
