@@ -1,6 +1,7 @@
 """Tensors in parts are the tensors: read, cut and written by parts of any size."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,16 @@ def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
     parts = weights.stored(file, "vector")
     with pytest.raises(BadCheckpoint, match="shorter than its header says"):
         parts.whole()
+
+
+def test_a_model_that_fills_the_memory_reads_the_same(tmp_path, monkeypatch):
+    values = torch.randn(1000, 64)
+    safetensors.torch.save_file({"a": values}, tmp_path / "model.safetensors")
+    dropped = []
+    monkeypatch.setattr(weights, "PART_BYTES", 64 * 1024)
+    monkeypatch.setattr(weights, "CACHED_SHARE", 0.0)
+    monkeypatch.setattr(weights.os, "posix_fadvise", lambda *call: dropped.append(call))
+    assert torch.equal(weights.stored(tmp_path / "model.safetensors", "a").whole(), values)
+    drops = [(start, length) for _, start, length, advice in dropped if advice == os.POSIX_FADV_DONTNEED]
+    assert sum(length for _, length in drops) == values.nbytes
+    assert len(drops) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -23,6 +24,8 @@ PART_BYTES = 8 * 1024**2
 """Reading 64 MiB at once makes a cut a quarter slower: disk, cut and disk take turns."""
 AHEAD_BYTES = 8 * PART_BYTES
 """How much is read before it is asked for."""
+CACHED_SHARE = 0.5
+"""Of the machine's memory; of a larger model nothing stays in the page cache."""
 SHARD_BYTES = 4 * 1000**3
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,9 +98,21 @@ def stored(file: Path, name: str) -> Parts:
                 part = torch.empty(some * row, dtype=torch.uint8)
                 if stream.readinto(part.numpy().data) != len(part):
                     raise BadCheckpoint(f"{file} is shorter than its header says; download it again")
+                if _fills_memory(file.parent):
+                    os.posix_fadvise(stream.fileno(), stream.tell() - len(part), len(part), os.POSIX_FADV_DONTNEED)
                 yield part.view(dtype).view(some, *shape[1:]) if shape else part.view(dtype).view(())
 
     return Parts(shape, dtype, read)
+
+
+@functools.cache
+def _fills_memory(folder: Path) -> bool:
+    """Whether a model would take up much of the page cache. Then what was read is dropped at once: to make room for it
+    later takes the system a third of the time of a cut."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) > CACHED_SHARE * memory
 
 
 def names(file: Path) -> list[str]:
