@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import prunus as pr
-from prunus import checks, cli
+from prunus import anatomy, cli
 from prunus.checkpoint import Checkpoint
 from prunus.families import family_of, known_families
 from prunus.families.family import FIELDS
@@ -219,7 +219,7 @@ def tiny_model(family: str, folder: Path, **changes: object) -> Checkpoint:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in name else parameter.shape[-1] ** -0.5))
-        for name, buffer in checks.stored_tensors(model).items():
+        for name, buffer in anatomy.stored_tensors(model).items():
             if name not in dict(model.named_parameters()):
                 buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)

@@ -10,9 +10,10 @@ from conftest import RandomBlocks, tiny_model
 from torch import Tensor
 
 from prunus import attention, hardware
+from prunus.anatomy import body_of, layers_of
 from prunus.attention import CHUNK_ROWS, attend
 from prunus.families import family_of, known_families
-from prunus.layerwise import body_of, branches_of, layers_of
+from prunus.layerwise import branches_of
 
 LENGTHS = (1, 7, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 30)
 needs_bf16 = pytest.mark.skipif(torch.cuda.is_available(), reason="the models are placed on the GPU")

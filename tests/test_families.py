@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 import prunus as pr
 from prunus import architecture, cost, dims
+from prunus.anatomy import body_of
 from prunus.errors import BadCheckpoint, BadRecipe, UnsupportedModel
 from prunus.families import family_of, known_families
 from prunus.head import head_of
-from prunus.layerwise import body_of
 
 
 def test_counted_parameters_are_the_real_ones(teacher):

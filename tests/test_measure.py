@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from conftest import for_each_kind
 
 from prunus import experts, hardware
-from prunus.layerwise import Returned, branches_of, gram, has, layers_of
+from prunus.anatomy import layers_of
+from prunus.layerwise import Returned, branches_of, gram, has
 from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
 from prunus.weight_norms import HEADS

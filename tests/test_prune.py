@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 import prunus as pr
 from prunus import cost, dims, packing, weights
+from prunus.anatomy import layers_of
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint, save
 from prunus.errors import BadCheckpoint, BudgetUnreachable
 from prunus.families import Family, family_of, known_families
 from prunus.importance import score
-from prunus.layerwise import branches_of, layers_of
+from prunus.layerwise import branches_of
 from prunus.measure import measure
 from prunus.prune import KEPT_FILE, build, cut, prune, repaired
 from prunus.scores import Scores
@@ -211,19 +212,23 @@ def test_masked_teacher_equals_saved_and_reloaded_student(teacher, blocks, axis,
     cut_and_reload(teacher, legal(teacher, axis), blocks, tmp_path)
 
 
+def assert_cache_changes_nothing(model: torch.nn.Module, blocks: "object") -> None:
+    prompt = blocks.batch([0])[0][:, :7]
+    with_cache, without = (
+        model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=use_cache, eos_token_id=None)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
 DRAWS = math.ceil(210 / len(known_families()))
 
 
 @pytest.mark.parametrize("draw", range(DRAWS))
 def test_so_it_does_for_axes_drawn_at_random(teacher, blocks, draw, tmp_path):
     student = cut_and_reload(teacher, drawn(teacher, draw), blocks, tmp_path)
-    prompt = blocks.batch([0])[0][:, :7]
     for model in (teacher.module(torch.float32), student):
-        with_cache, without = (
-            model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=use_cache, eos_token_id=None)
-            for use_cache in (True, False)
-        )
-        assert torch.equal(with_cache, without)
+        assert_cache_changes_nothing(model, blocks)
 
 
 def drawn(teacher: Checkpoint, draw: int) -> Architecture:

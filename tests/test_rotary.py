@@ -9,8 +9,8 @@ from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from prunus import faster, hardware, rotary
+from prunus.anatomy import layers_of
 from prunus.families import known_families
-from prunus.layerwise import layers_of
 
 
 def test_equals_transformers_in_value_and_gradient() -> None:

@@ -13,13 +13,13 @@ from prunus.families import known_families
 
 PACKAGE = Path(pr.__file__).parent
 LAYERS = """
-    errors dims architecture families.family families._decoder families._vision
-    families._probes families._trace families._proof families._inferred families
+    errors anatomy dims architecture families.family families._decoder families._vision
+    families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
     packing experts weights storage checks checkpoint source documents text scores
     weight_norms measure importance selection repair refit prune vocabulary
     row_blocks fused evaluate tasks
-    schedule masters teacher hidden memory on_policy step distill trackers
+    schedule masters teacher hidden memory on_policy step watch distill trackers
     budget search formats pictures verdict report
     console recipe run results inspection planning standalone pipeline cli __main__
 """

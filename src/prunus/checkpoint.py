@@ -34,9 +34,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from prunus import checks, cost, hardware, packing, storage, weights
+from prunus import anatomy, checks, cost, hardware, packing, storage, weights
 from prunus.architecture import Architecture
-from prunus.errors import BadCheckpoint, UnsupportedModel
+from prunus.errors import BadCheckpoint, UnsupportedModel, one_line
 from prunus.families import Family, family_of, may_be_known
 from prunus.files import atomic_folder, cache_folder, sha256
 from prunus.storage import Place, Stored
@@ -236,7 +236,7 @@ def save(
 def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) -> None:
     reloaded = sum(tensor.nbytes for tensor in tensors.values()) <= RELOADED_BYTES
     model = written.module() if reloaded else written.skeleton()
-    found = dict(checks.stored_tensors(model))
+    found = dict(anatomy.stored_tensors(model))
     wrong = sorted(found.keys() ^ tensors.keys()) or [
         tensor
         for tensor, parts in tensors.items()
@@ -273,7 +273,7 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
             config = AutoConfig.from_pretrained(folder)
         family = family_of(config.model_type, config)
     except (ValueError, AttributeError, OSError, StrictDataclassError) as error:
-        raise BadCheckpoint(f"{name}: config.json is not a valid config: {' '.join(str(error).split())}") from error
+        raise BadCheckpoint(f"{name}: config.json is not a valid config: {one_line(error, 1000)}") from error
     checks.variant(name, family, config)
     try:
         stored = storage.gathered(family, _places(folder, name))
@@ -358,7 +358,7 @@ def _dequantised(file: Path, cache: Path) -> Path:
             raise BadCheckpoint(f"{file}: transformers cannot read this GGUF file ({error})") from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are no longer quantised
-    tensors = checks.stored_tensors(model)
+    tensors = anatomy.stored_tensors(model)
     with atomic_folder(folder) as partial:
         _write_model(partial, model.config, {name: weights.of(tensor) for name, tensor in tensors.items()})
         tokenizer.save_pretrained(partial)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunus import dims
+from prunus.anatomy import stored_tensors
 from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.families import Family, may_be_known
@@ -97,9 +97,3 @@ def complete(name: str, skeleton: PreTrainedModel, stored: Mapping[str, Stored])
             f"{name}: there is {beyond[0]}, which is no part of the model that config.json describes; one of the two "
             "is of another model"
         )
-
-
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: its parameters, a tied head left out, and some buffers."""
-    kept = model.state_dict().keys()
-    return {**dict(model.named_parameters()), **{name: value for name, value in model.named_buffers() if name in kept}}

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
-import signal
-import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from prunus import hardware, hidden, layerwise, memory, parallel
+from prunus import hardware, hidden, layerwise, memory, parallel, watch
 from prunus.checkpoint import Checkpoint, from_config, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
@@ -35,10 +29,8 @@ from prunus.text import Blocks
 TRAINING_FILE = "training.json"
 CHECKPOINT_SECONDS = 120.0
 """Time between two checkpoints of an unfinished run: what a killed run loses at the most."""
-SPIKE, HISTORY = 20.0, 50
-"""A step whose gradient is this many times as long as the median of the last ones is left out."""
-PATIENCE, MAX_ROLLBACKS = 5, 3
-"""Bad steps in a row before the run goes back to its last checkpoint at half the rate; and how often it does."""
+MAX_ROLLBACKS = 3
+"""How often a run goes back to its last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,6 @@ def distill(
     # 1. The teacher, and a student in `dtype` with float32 masters.
     source = _opened(teacher, dtype, device)
     model = _start(student, random_init, settings.seed, device)
-    _keep_vision(model, student)
     losses = Losses(model, source, blocks, settings, pairs, state.micro_blocks, state.chunk_tokens)
     masters = _masters(losses, dtype)
     if gradient_checkpointing:
@@ -157,23 +148,16 @@ def distill(
         seconds = state.seconds + time.monotonic() - started
         saver.save(masters.state(), asdict(state) | {"seconds": seconds})
 
-    with _stop_signal() as stop:
-        while len(state.curve) < schedule.steps and not _on_plateau(state.curve, settings.patience):
+    with watch.stop_signal() as stop:
+        while len(state.curve) < schedule.steps and not watch.on_plateau(state.curve, settings.patience):
             step = len(state.curve)
-            rate = state.rate_factor * learning_rate(step, schedule, settings)
-            point = accumulate(losses, masters, state.curve, schedule)
-            point |= {"learning_rate": rate, "norm": masters.clip(settings.clip)}
-            if _is_bad(point, state.curve):
-                point["skipped"] = True
-            else:
-                masters.step(rate)
-            masters.forget_gradients()
+            point = _step(losses, masters, state, schedule)
             if validation is not None and settings.evaluate_every and (step + 1) % settings.evaluate_every == 0:
                 with parallel.gathered(losses):
                     point["heldout_loss"] = quality(model, validation).loss
             state.curve.append(point)
             progress(_progress(schedule, step + 1, point))
-            if all("skipped" in point for point in state.curve[-PATIENCE:]) and step + 1 >= PATIENCE:
+            if watch.is_lost(state.curve):
                 saver.settle()
                 state = _roll_back(folder, masters, state)
                 store()
@@ -286,73 +270,55 @@ def _masters(losses: Losses, dtype: torch.dtype) -> Masters:
 
 
 def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.device) -> PreTrainedModel:
-    if not random_init:
-        return student.module(torch.float32, device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = from_config(student.config, torch.float32)
-    return hardware.place(model, device=device)
-
-
-def _keep_vision(model: PreTrainedModel, student: Checkpoint) -> None:
-    """Text says nothing of what a vision tower should see; without this weight decay alone would change it."""
+    if random_init:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = from_config(student.config, torch.float32)
+        model = hardware.place(model, device=device)
+    else:
+        model = student.module(torch.float32, device)
     for name, value in model.named_parameters():
-        if name.startswith(student.family.vision):
-            value.requires_grad_(False)
+        # Text says nothing of what a vision tower should see; weight decay alone would change it.
+        value.requires_grad_(not name.startswith(student.family.vision))
+    return model
 
 
-def _is_bad(point: dict[str, Any], curve: list[dict[str, Any]]) -> bool:
-    """No finite loss or gradient, or a gradient far longer than those before."""
-    if not (math.isfinite(point["loss"]) and math.isfinite(point["norm"])):
-        return True
-    recent = [earlier["norm"] for earlier in curve[-HISTORY:] if "skipped" not in earlier]
-    return len(recent) >= HISTORY // 2 and point["norm"] > SPIKE * statistics.median(recent)
+def _step(losses: Losses, masters: Masters, state: State, schedule: Plan) -> dict[str, Any]:
+    """One step, left out where its gradient is not to be trusted."""
+    settings = losses.settings
+    rate = state.rate_factor * learning_rate(len(state.curve), schedule, settings)
+    point = accumulate(losses, masters, state.curve, schedule)
+    point |= {"learning_rate": rate, "norm": masters.clip(settings.clip)}
+    if watch.is_bad(point, state.curve):
+        point["skipped"] = True
+    else:
+        masters.step(rate)
+    masters.forget_gradients()
+    return point
 
 
 def _roll_back(folder: Path, masters: Masters, state: State) -> State:
     """The last checkpoint, to go on from at half the rate."""
     if not parallel.has_state(folder) or len(state.events) >= MAX_ROLLBACKS:
         raise TrainingDiverged(
-            f"the last {PATIENCE} steps up to step {len(state.curve)} had no finite loss or an exploding gradient"
+            f"the last {watch.PATIENCE} steps up to step {len(state.curve)} had no finite loss or an exploding gradient"
             + (f", after {len(state.events)} attempts at a lower rate" if state.events else "")
             + ". Lower distill.learning_rate; a teacher or text that is itself broken shows the same."
         )
     earlier = State(**parallel.load_record(folder))
     parallel.load_state(masters.state(), folder)
     masters.publish()
-    event = f"{PATIENCE} bad steps up to step {len(state.curve)}: back to step {len(earlier.curve)}, half the rate"
+    event = (
+        f"{watch.PATIENCE} bad steps up to step {len(state.curve)}: back to step {len(earlier.curve)}, half the rate"
+    )
     return dataclasses.replace(
         earlier, events=[*state.events, event], rate_factor=state.rate_factor / 2, seconds=state.seconds
     )
 
 
-def _on_plateau(curve: list[dict[str, Any]], patience: int) -> bool:
-    """Whether the held-out loss has not fallen in the last `patience` measurements."""
-    measured = [point["heldout_loss"] for point in curve if "heldout_loss" in point]
-    return 0 < patience < len(measured) and min(measured[-patience:]) >= min(measured[:-patience])
-
-
 def _progress(schedule: Plan, step: int, point: dict[str, Any]) -> Progress:
     values = {name: point.get(name) for name in ("loss", "learning_rate", "norm", "heldout_loss")}
     return Progress(step, schedule.steps, schedule.tokens_after(step), schedule.tokens, **values)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Set when the process is asked to stop, as a scheduler does before it takes the machine away."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may listen to signals
-        return
-
-    def ask(_: int, __: FrameType | None) -> None:
-        stop.set()
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _key(

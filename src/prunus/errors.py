@@ -39,3 +39,8 @@ class Stopped(PrunusError):
 
 class DoesNotFit(PrunusError):
     """The memory is too small for what was asked; the message says what would fit."""
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error of someone else's code says, for a message of ours."""
+    return " ".join(str(error).split())[:most]

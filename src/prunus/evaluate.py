@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunus import hardware, layerwise
+from prunus import anatomy, hardware
 from prunus.errors import BadCheckpoint, BadData
 from prunus.head import head_of
 from prunus.text import Blocks, targets
@@ -214,7 +214,7 @@ def _hidden(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor, mas
     Without an attention mask, transformers reads the documents' borders from the positions and keeps them apart.
     """
     device = model.device
-    body = layerwise.body_of(model)(
+    body = anatomy.body_of(model)(
         input_ids=tokens_BS.to(device), position_ids=positions_BS.to(device), attention_mask=None, use_cache=False
     )
     return body.last_hidden_state[mask_BS.to(device)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import layerwise, losses
+from prunus import anatomy, losses
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BadCheckpoint
 from prunus.prune import KEPT_FILE
@@ -98,7 +98,7 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int
             def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...], number: int = number) -> None:
                 found[number] = output[0] if isinstance(output, tuple) else output
 
-            stack.callback(layerwise.layers_of(model)[number].register_forward_hook(hook).remove)
+            stack.callback(anatomy.layers_of(model)[number].register_forward_hook(hook).remove)
         yield found
 
 
@@ -109,7 +109,7 @@ def projectors(
     """For each pair the linear map [H → E] that fits the teacher's states best on these tokens, float32."""
     layers, others = zip(*pairs.layers, strict=True)
     with captured(student, layers) as mine, captured(teacher.model, others) as theirs:
-        layerwise.body_of(student)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+        anatomy.body_of(student)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
         teacher(tokens_BS, positions_BS)
     maps = nn.ModuleList()
     for layer, other in pairs.layers:

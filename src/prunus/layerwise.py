@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunus import hardware
+from prunus.anatomy import body_of, layers_of
 from prunus.families import Branch, Family
 from prunus.frozen import is_frozen
 
@@ -77,20 +78,6 @@ class _Recorder(nn.Module):
         (_, stream_BSH), *others = called.items()
         self.stream_BSH, self.inputs = stream_BSH.as_subclass(Tensor), dict(others)
         return stream_BSH.as_subclass(Returned)
-
-
-def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model without its head, and without what sees or hears."""
-    decoder = model.get_decoder()
-    body: PreTrainedModel = decoder if decoder is not model else model.base_model  # not found in every type
-    return body
-
-
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers."""
-    body = body_of(model)
-    count = body.config.num_hidden_layers
-    return next(module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

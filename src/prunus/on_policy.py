@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from prunus import layerwise
+from prunus import anatomy
 from prunus.evaluate import evaluation_mode
 from prunus.head import head_of
 
@@ -45,7 +45,7 @@ def continued(model: PreTrainedModel, tokens_BS: Tensor, *, seeds: Sequence[int]
     prompt = length // 2
     positions_BS = torch.arange(length, device=tokens_BS.device).expand_as(tokens_BS)
     generators = [torch.Generator(tokens_BS.device).manual_seed(seed) for seed in seeds]
-    written_BS, body = tokens_BS.clone(), layerwise.body_of(model)
+    written_BS, body = tokens_BS.clone(), anatomy.body_of(model)
     own_name = {"past_key_values", "cache_params"} & inspect.signature(body.forward).parameters.keys()
     cache = {name: DynamicCache(config=body.config) for name in own_name}
     with evaluation_mode([model]):

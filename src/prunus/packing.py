@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from prunus.layerwise import body_of
+from prunus.anatomy import body_of
 
 
 def separate(model: PreTrainedModel) -> None:

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from prunus import hardware, layerwise
+from prunus import anatomy, hardware
 from prunus.errors import BadOutput
 from prunus.files import full_disk_is_an_error
 
@@ -137,7 +137,7 @@ def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(hardware.device().type, (world().size,))
-    for layer in layerwise.layers_of(model):
+    for layer in anatomy.layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     for module in root.modules():

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunus import dims, hardware, refit, repair, weights
-from prunus.architecture import Architecture, to_config
+from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint, from_config, save
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
@@ -82,17 +82,8 @@ def cut(
         )
         student = name if layer is None else f"{family.layer_prefix}{number}.{local}"
         tensors[student] = weights.cut(tensor, indices, then)
-    config = to_config(
-        teacher.config.to_dict(),
-        target,
-        fields=family.fields,
-        kept_layers=kept.layers,
-        per_layer_fields=family.per_layer_fields,
-        layer_count_fields=family.layer_count_fields,
-        others={**family.fixed, **_branch_layers(family, tensors, target.layers)},
-        nested=family.nested,
-        other_fields=family.other_fields,
-    )
+    others = _branch_layers(family, tensors, target.layers)
+    config = family.cut_config(teacher.config.to_dict(), target, kept.layers, others)
     return Student(type(teacher.config).from_dict(config), target, tensors, kept)
 
 

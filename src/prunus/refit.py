@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prunus import experts, hardware, layerwise, repair
+from prunus import anatomy, experts, hardware, layerwise, repair
 from prunus.architecture import Architecture
 from prunus.families import Branch, Family
 from prunus.layerwise import TokenBlocks
@@ -55,7 +55,7 @@ def repair_layers(
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
     scale = math.sqrt(len(kept.hidden) / walk.sizes.hidden) if family.scaled_embedding else 1.0
     hidden = torch.tensor(kept.hidden, device=student.device)
-    for number, layer in enumerate(layerwise.layers_of(student)):
+    for number, layer in enumerate(anatomy.layers_of(student)):
         source, seen = walk.next_layer(number)
         entering: list[Tensor] = []
         for branch in layerwise.branches_of(layer, family):
@@ -230,7 +230,7 @@ class _TeacherWalk:
     def __init__(self, teacher: PreTrainedModel, family: Family, kept: Kept, batches: list[layerwise.Batch]) -> None:
         self.family, self.kept, self.batches = family, kept, batches
         self.config = teacher.config
-        self.layers = layerwise.layers_of(teacher)
+        self.layers = anatomy.layers_of(teacher)
         self.sizes = family.architecture(teacher.config)
         self.done = 0
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import checks, hardware, layerwise
+from prunus import anatomy, hardware
 from prunus.checkpoint import Checkpoint
 
 SHARE_OF_MEMORY = 0.7
@@ -41,7 +41,7 @@ class Source:
     def layers(self) -> Iterator[nn.Module]:
         """The decoder layers in order, each until the next is asked for."""
         names = {module: name for name, module in self.model.named_modules()}
-        for layer in layerwise.layers_of(self.model):
+        for layer in anatomy.layers_of(self.model):
             with self.filled(names[layer]) as module:
                 yield module
 
@@ -66,7 +66,7 @@ def on_disk(teacher: Checkpoint) -> Source:
     @contextlib.contextmanager
     def filled(name: str) -> Iterator[nn.Module]:
         module, prefix = model.get_submodule(name), f"{name}."
-        empty = checks.stored_tensors(module)
+        empty = anatomy.stored_tensors(module)
         # A tied head has the embedding's weights under another name.
         stored = {own: prefix + own if prefix + own in teacher.stored else _tied_to(teacher) for own in empty}
         _assign(module, {own: teacher.tensor(full) for own, full in stored.items()})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import hardware, hidden, layerwise, on_policy, parallel
+from prunus import anatomy, hardware, hidden, on_policy, parallel
 from prunus.fused import CHUNK_TOKENS, divergence
 from prunus.head import head_of
 from prunus.masters import Masters
@@ -83,7 +83,7 @@ class Losses(nn.Module):
                     for side, model in enumerate((self.student, teacher.model))
                 )
             wanted = teacher.targets(indices, tokens_BS, positions_BS)
-            student_BSH = layerwise.body_of(self.student)(
+            student_BSH = anatomy.body_of(self.student)(
                 input_ids=tokens_BS, position_ids=positions_BS, use_cache=False
             ).last_hidden_state
         loss = divergence(

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunus import hardware, layerwise
+from prunus import anatomy, hardware
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BadData, BadOutput
 from prunus.files import atomic_file, save_file
@@ -65,7 +65,7 @@ class Live(nn.Module):
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """States after the last norm, [B, S, E]."""
-        output = layerwise.body_of(self.model)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+        output = anatomy.body_of(self.model)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
         states_BSE: Tensor = output.last_hidden_state
         return states_BSE
 

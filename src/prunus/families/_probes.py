@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from prunus import dims
-from prunus.errors import UnsupportedModel
+from prunus.anatomy import stored_tensors
+from prunus.errors import UnsupportedModel, one_line
 
 KEYS = {
     "layers": ("num_hidden_layers",),
@@ -144,7 +145,7 @@ def tiny(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig
     try:
         return type(config).from_dict(values)
     except Exception as error:  # config classes raise what they like
-        raise UnsupportedModel(f"its config takes no tiny sizes ({' '.join(str(error).split())[:200]})") from error
+        raise UnsupportedModel(f"its config takes no tiny sizes ({one_line(error)})") from error
 
 
 def _plain_rope(value: dict[str, Any]) -> dict[str, Any]:
@@ -171,13 +172,7 @@ def built(config: PreTrainedConfig) -> nn.Module:
         with torch.device("meta"), no_init_weights():
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever its code runs into
-        raise UnsupportedModel(f"it is not built in tiny sizes ({' '.join(str(error).split())[:200]})") from error
-
-
-def stored(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model, a tied head left out."""
-    kept = model.state_dict().keys()
-    return {**dict(model.named_parameters()), **{name: value for name, value in model.named_buffers() if name in kept}}
+        raise UnsupportedModel(f"it is not built in tiny sizes ({one_line(error)})") from error
 
 
 def probes(config: PreTrainedConfig, *, tied: bool) -> list[Probe]:
@@ -215,7 +210,7 @@ TIED = ("hidden", "heads")
 def _probe(config: PreTrainedConfig, sizes: dict[str, int], tied: bool) -> Probe:
     if "kv_heads" in sizes and sizes["heads"] % sizes["kv_heads"]:
         raise UnsupportedModel("kv_heads do not divide heads")
-    shapes = {name: tuple(value.shape) for name, value in stored(built(tiny(config, sizes))).items()}
+    shapes = {name: tuple(value.shape) for name, value in stored_tensors(built(tiny(config, sizes))).items()}
     complete = dict(sizes)
     if tied:
         complete["head_dim"] = sizes["hidden"] // sizes["heads"]

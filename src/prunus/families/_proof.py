@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from prunus import dims
-from prunus.architecture import AXES, Architecture, to_config
-from prunus.errors import UnsupportedModel
-from prunus.families._probes import stored
+from prunus.anatomy import stored_tensors
+from prunus.architecture import AXES, Architecture
+from prunus.errors import UnsupportedModel, one_line
 from prunus.families._trace import is_norm
 from prunus.families.family import Family
 
@@ -61,7 +61,7 @@ class Trial:
 
     @functools.cached_property
     def layout(self) -> dict[str, tuple[str, ...]]:
-        units = {name: self.family.units(name, value.shape) for name, value in stored(self.model).items()}
+        units = {name: self.family.units(name, value.shape) for name, value in stored_tensors(self.model).items()}
         return {name: each or () for name, each in units.items()}
 
     @functools.cached_property
@@ -105,7 +105,7 @@ class Trial:
         try:
             found = _logits(self._cut(choice, target), self.tokens_BS)
         except Exception as error:  # config classes and models raise what they like
-            return f"cut to {target}, it does not run: {' '.join(str(error).split())[:150]}"
+            return f"cut to {target}, it does not run: {one_line(error, 150)}"
         gap = float((found - expected).norm() / expected.norm())
         return None if gap < TOLERANCE else f"cut to {target}, its logits differ by {gap:.0e}"
 
@@ -128,7 +128,7 @@ class Trial:
             setattr(config, self.family.fields["top_k"], target.top_k)
         masked = _model(config)
         values = {}
-        for name, value in stored(self.model).items():
+        for name, value in stored_tensors(self.model).items():
             layer, local = self.family.split(name)
             value = value.detach().clone()
             nothing = UNREACHABLE if local in self.family.buffers else 0.0
@@ -167,25 +167,16 @@ class Trial:
     def _cut(self, choice: Choice, target: Architecture) -> PreTrainedModel:
         """The model without what leaves."""
         family = self.family
-        values = to_config(
-            self.config.to_dict(),
-            target,
-            fields=family.fields,
-            kept_layers=choice.layers,
-            per_layer_fields=family.per_layer_fields,
-            layer_count_fields=family.layer_count_fields,
-            others=family.fixed,
-            other_fields=family.other_fields,
-        )
+        values = family.cut_config(self.config.to_dict(), target, choice.layers)
         student = {}
-        for name, value in stored(self.model).items():
+        for name, value in stored_tensors(self.model).items():
             layer, local = family.split(name)
             if layer is None or layer in choice.layers:
                 own = name if layer is None else f"{family.layer_prefix}{choice.layers.index(layer)}.{local}"
                 student[own] = self._sliced(name, value.detach(), choice, target)
         cut = _model(type(self.config).from_dict(values))
         missing, unexpected = cut.load_state_dict(student, strict=False)
-        lacking = [name for name in missing if name in stored(cut) and name not in cut.all_tied_weights_keys]
+        lacking = [name for name in missing if name in stored_tensors(cut) and name not in cut.all_tied_weights_keys]
         if unexpected or lacking:
             raise UnsupportedModel(f"it has other tensors, such as {[*unexpected, *lacking][0]}")
         return cut

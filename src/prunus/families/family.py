@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunus import dims
-from prunus.architecture import AXES, Architecture, from_config
+from prunus.architecture import AXES, Architecture, from_config, to_config
 
 CONSTRAINTS = {
     "heads_divide_hidden": (
@@ -263,6 +263,26 @@ class Family:
         used = {name for formula in formulas for name in dims.names(formula)}
         used |= {"layers"} | ({"top_k"} if "experts" in used else set()) | ({"kv_heads"} if "heads" in used else set())
         return used | {FIRST_LAYERS} | self.fields.keys() - AXES.keys()
+
+    def cut_config(
+        self,
+        config: Mapping[str, Any],
+        target: Architecture,
+        kept_layers: Sequence[int],
+        others: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The config of a cut model, from the whole one's as a dict. See `architecture.to_config`."""
+        return to_config(
+            config,
+            target,
+            fields=self.fields,
+            kept_layers=kept_layers,
+            per_layer_fields=self.per_layer_fields,
+            layer_count_fields=self.layer_count_fields,
+            others={**self.fixed, **(others or {})},
+            nested=self.nested,
+            other_fields=self.other_fields,
+        )
 
     def outputs(self, projection: str) -> str:
         """Formula of a layer's projection's outputs."""
