@@ -1,11 +1,12 @@
 """A vocabulary cut to an eighth: size, what it costs in perplexity per byte, and whether all text survives.
 
 Usage: python benchmarks/vocabulary.py MODEL TEXT... --heldout FILE [--heldout FILE] [--size 32k] [--tokens 160k]
+       [--whole-tokens 0] [--to FOLDER]
 
 Tokens are counted on TEXT, which the held-out files are not part of. A trimmed model must learn to spell what it had
 tokens for; --tokens are those of the last TEXT that it is trained on, by cross-entropy. The whole model is trained on
-as many, because training on such text helps by itself. Bytes are those of the text, so models of different tokens
-compare.
+as many, or on --whole-tokens, because training on such text helps by itself. Bytes are those of the text, so models of
+different tokens compare.
 """
 
 import argparse
@@ -63,14 +64,13 @@ def bits_per_byte(model: Checkpoint, docs: list[str], folder: Path) -> float:
     return pr.quality(model.module(hardware.compute_dtype()), blocks).bits_per_byte
 
 
-def trained(model: Checkpoint, file: str, options: argparse.Namespace, folder: Path) -> Checkpoint:
+def trained(model: Checkpoint, file: str, tokens: int, learning_rate: float, folder: Path) -> Checkpoint:
     """On the text itself, the same documents for each model."""
     docs = shuffled(documents(file), seed=0)
-    tokens = int(options.tokens)
     blocks = pr.tokenise(
         docs, model.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=folder / "text", label="training"
     )
-    settings = Settings(tokens=tokens, batch_tokens=BATCH_TOKENS, learning_rate=options.learning_rate)
+    settings = Settings(tokens=tokens, batch_tokens=BATCH_TOKENS, learning_rate=learning_rate)
     return pr.distill(model, None, blocks, to=folder / "model", settings=settings)
 
 
@@ -81,8 +81,15 @@ def main() -> None:
     parser.add_argument("--heldout", action="append", required=True)
     parser.add_argument("--size", type=parse_quantity, default=32768)
     parser.add_argument("--tokens", type=parse_quantity, default=160_000)
+    parser.add_argument("--whole-tokens", type=parse_quantity, help="as many as --tokens, unless said")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--to", type=Path, help="an empty folder to keep the models in; a temporary one, unless said")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        run(options, options.to or Path(name))
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
     whole = pr.load(options.model)
     tokenizer = whole.tokenizer()
     counts: Counter[int] = Counter()
@@ -90,32 +97,34 @@ def main() -> None:
         counts += vocabulary.count_tokens(tokenizer, documents(file))
     chosen = vocabulary.choose(tokenizer, counts, int(options.size))
     heldout = {Path(file).name: heldout_text(file) for file in options.heldout}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        trimmed = vocabulary.trim(whole, chosen, to=folder / "trimmed")
-        print(
-            f"{whole.architecture.vocab:,} → {trimmed.architecture.vocab:,} tokens, {whole.parameters / 1e6:.1f}M → "
-            f"{trimmed.parameters / 1e6:.1f}M parameters; {chosen.coverage:.2%} of the tokens counted stay"
+    trimmed = vocabulary.trim(whole, chosen, to=folder / "trimmed")
+    print(
+        f"{whole.architecture.vocab:,} → {trimmed.architecture.vocab:,} tokens, {whole.parameters / 1e6:.1f}M → "
+        f"{trimmed.parameters / 1e6:.1f}M parameters; {chosen.coverage:.2%} of the tokens counted stay"
+    )
+    before, after = tokenizer, trimmed.tokenizer()
+    strings = [text for text in any_text(STRINGS) if survives(before, text)]
+    lost = sum(not survives(after, text) for text in strings)
+    print(f"{STRINGS:,} random strings: {len(strings):,} come back from the whole tokenizer, {lost} of them not now")
+    models = {"whole": whole, "trimmed": trimmed}
+    tokens = {
+        "whole": options.tokens if options.whole_tokens is None else options.whole_tokens,
+        "trimmed": options.tokens,
+    }
+    models |= {
+        f"{key}, trained": trained(
+            models[key], options.text[-1], int(number), options.learning_rate, folder / f"{key}-trained"
         )
-        before, after = tokenizer, trimmed.tokenizer()
-        strings = [text for text in any_text(STRINGS) if survives(before, text)]
-        lost = sum(not survives(after, text) for text in strings)
-        print(
-            f"{STRINGS:,} random strings: {len(strings):,} come back from the whole tokenizer, {lost} of them not now"
-        )
-        models = {"whole": whole, "trimmed": trimmed}
-        if options.tokens:
-            models |= {
-                f"{key}, trained": trained(model, options.text[-1], options, folder / f"{key}-trained")
-                for key, model in list(models.items())
-            }
-        for file, docs in heldout.items():
-            bits = {key: bits_per_byte(model, docs, folder / f"{key}-{file}") for key, model in models.items()}
-            for key, value in bits.items():
-                print(
-                    f"{file}: {key}: {value:.4f} bits a byte, perplexity per byte {2**value:.4f}, "
-                    f"{2 ** (value - bits['whole']) - 1:+.2%} of the whole"
-                )
+        for key, number in tokens.items()
+        if number
+    }
+    for file, docs in heldout.items():
+        bits = {key: bits_per_byte(model, docs, folder / f"{key}-{file}") for key, model in models.items()}
+        for key, value in bits.items():
+            print(
+                f"{file}: {key}: {value:.4f} bits a byte, perplexity per byte {2**value:.4f}, "
+                f"{2 ** (value - bits['whole']) - 1:+.2%} of the whole"
+            )
 
 
 if __name__ == "__main__":
