@@ -104,6 +104,12 @@ OWN = {
         "layer_types": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8,
         "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16, "moe_shared_expert_intermediate_size": 28,
     },
+    "mamba": {"state_size": 8, "time_step_rank": 6},
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 6},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0,
+        "mamba_d_state": 8, "mamba_dt_rank": 6,
+    },
     "falcon": {"new_decoder_architecture": True},
     "gptj": {"rotary_dim": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
@@ -169,6 +175,7 @@ VARIANTS = {
     "deepseek_v3, without a query latent": {"q_lora_rank": None},
     "deepseek_v2, without a query latent": {"q_lora_rank": None},
     "granitemoehybrid, dense": {"num_local_experts": 0},
+    "jamba, dense": {"num_experts": 1},
     "falcon_h1, without a norm": {"mamba_rms_norm": False},
     "falcon, multi-query": {"new_decoder_architecture": False},
     "falcon, one norm": {"num_ln_in_parallel_attn": 1},
@@ -177,6 +184,7 @@ VARIANTS = {
 KINDS = (
     *("llama", "gemma3_text", "phi3", "olmo2", "gpt_neox", "gpt2", "falcon", "cohere2", "qwen2_moe", "gpt_oss"),
     *("deepseek_v3", "qwen3_next", "mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "gemma3", "qwen3_vl"),
+    "jamba",
 )
 """One type of each kind of layers; what depends on the kind alone is tested on these."""
 for_each_kind = pytest.mark.parametrize("family_name", KINDS, indirect=True, scope="session")

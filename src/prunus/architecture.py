@@ -20,7 +20,7 @@ AXES = {
     "shared_ffn": "neurons of the expert that sees every token",
     "top_k": "experts that a token is sent to",
     "linear_heads": "key heads of linear attention; each leaves with its value heads",
-    "mamba_heads": "heads of a Mamba layer",
+    "mamba_heads": "heads of a Mamba layer; of the first Mamba, its inner channels",
     "mamba_head_dim": "channels of a Mamba head",
     "state": "values that a Mamba layer keeps of each channel",
     "q_rank": "channels of the latent that queries are made from",

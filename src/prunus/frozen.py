@@ -17,6 +17,9 @@ from prunus import hardware
 TOKENS = 1024
 """Rows that the layout is chosen for; it serves others as well."""
 
+UNCALLED = ("dt_proj",)
+"""Projections whose weight alone is read, by the code around them: Mamba's."""
+
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -33,8 +36,9 @@ def freeze(model: Model) -> Model:
     """No gradients for this model; and in bfloat16 on a CPU that multiplies it, its projections laid out. It can then
     no longer be trained, saved, moved or compiled. The head stays as it is, for the loss to read."""
     head = model.requires_grad_(False).get_output_embeddings()
-    for module in model.modules():
-        if type(module) is nn.Linear and module is not head and _suits(module.weight):
+    for name, module in model.named_modules():
+        called = module is not head and not name.endswith(UNCALLED)
+        if called and type(module) is nn.Linear and _suits(module.weight):
             layout = torch.ops.mkldnn._reorder_linear_weight(module.weight, TOKENS)
             module.weight = nn.Parameter(layout, requires_grad=False)
             module.__class__ = Frozen

@@ -140,11 +140,23 @@ def _mamba(training: Training) -> int:
     """What a Mamba layer keeps of a token: its projection's parts, the convolution's output and what it is multiplied
     with; and where no kernel for it is installed, as on a CPU, float32 products of all states in a chunk."""
     sizes, inner = training.student, training.student.mamba_heads * training.student.mamba_head_dim
+    if "dt_rank" in sizes:
+        return _mamba1(training)
     convolved = inner + 2 * sizes.mamba_groups * sizes.state
     kept = 2 * inner + 3 * convolved + sizes.mamba_heads
     if hardware.device().type == "cpu":
         chunk = min(sizes.chunk, training.block_size)
         kept += chunk * sizes.mamba_heads * (sizes.state + 3) * 4 // training.itemsize
+    return kept
+
+
+def _mamba1(training: Training) -> int:
+    """The same of the first Mamba: x and z, x behind the convolution and its activation, dt, B and C; and without a
+    kernel what its loop over tokens makes of every state: decay, input, and the state, in float32."""
+    sizes, inner = training.student, training.student.mamba_heads
+    kept = 6 * inner + 2 * sizes.dt_rank + 4 * sizes.state
+    if hardware.device().type == "cpu":
+        kept += inner * (3 * sizes.state + 6) * 4 // training.itemsize
     return kept
 
 

@@ -84,7 +84,7 @@ def _looks_like_one(module: nn.Module) -> bool:
     return (
         type(module).__name__.endswith("RMSNorm")
         and not isinstance(module, Fast)
-        and isinstance(weight_H := getattr(module, "weight", None), Tensor)
+        and isinstance(weight_H := getattr(module, "weight", None), nn.Parameter)
         and not weight_H.is_meta
         and _eps(module) is not None
         and len(inspect.signature(module.forward).parameters) == 1  # not the gated ones

@@ -147,8 +147,8 @@ def legal_architectures(
 
 
 def _filler(teacher: Architecture, budget: Budget) -> str:
-    """The kind of neurons that holds the most parameters."""
-    kinds = [axis for axis in FILLERS if axis in teacher.axes()]
+    """The kind of neurons that holds the most parameters; of Mamba, which has none, its inner channels."""
+    kinds = [axis for axis in FILLERS if axis in teacher.axes()] or ["mamba_heads"]
     return max(kinds, key=lambda axis: budget.cost(teacher) - budget.cost(teacher.replace(**{axis: 1})))
 
 

@@ -13,7 +13,7 @@ from prunus import dims
 from prunus.architecture import Architecture
 from prunus.errors import BudgetUnreachable
 from prunus.families import Family
-from prunus.families.family import FIRST_LAYERS
+from prunus.families.family import FIRST_LAYERS, LAYER_PERIOD
 from prunus.scores import Scores
 
 PLAIN_AXES = ("ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state", "linear_heads")
@@ -67,6 +67,11 @@ def illegal_cut(family: Family, teacher: Architecture, target: Architecture) -> 
         if axis in target and target[axis] < teacher[axis]
     ]
     reasons += family.illegal(target)
+    if (teacher.layers - target.layers) % teacher.get(LAYER_PERIOD, 1):
+        reasons.append(
+            f"layers of {family.model_type} leave {teacher[LAYER_PERIOD]} at a time, because their number says which "
+            "kind they are of"
+        )
     if not reasons and "heads" in target and target.heads // target.kv_heads > teacher.heads // teacher.kv_heads:
         reasons.append(
             f"{target.heads} heads in {target.kv_heads} groups need {target.heads // target.kv_heads} heads per group, "
@@ -84,6 +89,8 @@ def check_legal(family: Family, teacher: Architecture, target: Architecture) -> 
 def ranked_layers(scores: Scores, teacher: Architecture) -> list[int]:
     """Layers in the order in which they stay; of equals the first. Before all others those first ones that must stay.
     Where only some have attention one of these stays to the end: transformers' cache counts tokens by it."""
+    if LAYER_PERIOD in teacher:
+        return _ranked_runs(scores["layers"], teacher[LAYER_PERIOD])
     order: list[int] = torch.argsort(scores["layers"], descending=True, stable=True).tolist()
     order.sort(key=lambda layer: layer >= teacher.get(FIRST_LAYERS, 0))
     if "heads" in scores.axes:
@@ -92,6 +99,18 @@ def ranked_layers(scores: Scores, teacher: Architecture) -> list[int]:
         if not attends.all():
             order = [first, *(layer for layer in order if layer != first)]
     return order
+
+
+def _ranked_runs(scores_L: Tensor, period: int) -> list[int]:
+    """The same where runs of `period` layers leave together, each time the one of lowest score. Those behind move up by
+    a whole period, so that each layer stays of its kind; the first ones of a period stay in front of the others."""
+    left, gone = list(range(len(scores_L))), list[int]()
+    while left:
+        starts = range(max(1, len(left) - period + 1))
+        start = min(starts, key=lambda start: float(scores_L[left[start : start + period]].sum()))
+        gone = [*left[start : start + period], *gone]
+        del left[start : start + period]
+    return gone
 
 
 def select(scores: Scores, teacher: Architecture, target: Architecture) -> Kept:

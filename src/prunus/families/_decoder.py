@@ -116,8 +116,26 @@ def mamba_weights(module: str) -> Weights:
     }
 
 
+def mamba1_weights(module: str) -> Weights:
+    """Weights of a layer of the first Mamba: heads of one channel and one group. B, C and the latent dt are made from
+    x behind the convolution."""
+    return {
+        f"{module}.in_proj.weight": ("2*mamba_heads*mamba_head_dim", "hidden"),
+        f"{module}.conv1d.weight": ("mamba_heads*mamba_head_dim", "1", "convolution"),
+        f"{module}.conv1d.bias": ("mamba_heads*mamba_head_dim",),
+        f"{module}.x_proj.weight": ("dt_rank + 2*mamba_groups*state", "mamba_heads*mamba_head_dim"),
+        f"{module}.dt_proj.weight": ("mamba_heads*mamba_head_dim", "dt_rank"),
+        f"{module}.A_log": ("mamba_heads*mamba_head_dim", "state"),
+        f"{module}.D": ("mamba_heads*mamba_head_dim",),
+        f"{module}.out_proj.weight": ("hidden", "mamba_heads*mamba_head_dim"),
+    }
+
+
+MAMBA1_DERIVED = {"mamba_head_dim": "1", "mamba_groups": "1"}
+
+
 def mamba(module: str, norm: str) -> Branch:
-    """The branch of such a layer."""
+    """The branch of a Mamba layer."""
     return Branch(
         name="mamba",
         module=module,

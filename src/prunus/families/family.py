@@ -12,6 +12,7 @@ that has no bias simply are not there; so it is with whole branches, where layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,10 @@ CONSTRAINTS = {
     "grouped_experts": (
         lambda a: "experts" not in a or (a.experts % a.expert_groups == 0 and a.experts // a.expert_groups >= 2),
         "experts must be a multiple of the router's groups, with at least two in each",
+    ),
+    "several_experts": (
+        lambda a: "experts" not in a or a.experts > 1,
+        "experts must be at least 2 (of one its code makes a dense layer)",
     ),
     "reachable_experts": (
         lambda a: "experts" not in a or a.top_k <= a.chosen_groups * (a.experts // a.expert_groups),
@@ -82,6 +87,9 @@ FIELDS = {
 
 FIRST_LAYERS = "first_layers"
 """The size that counts them."""
+
+LAYER_PERIOD = "layer_period"
+"""The size that counts the layers after which their kinds repeat."""
 
 AS_IT_IS = "="
 """A dimension that no size of the language model decides."""
@@ -176,6 +184,8 @@ class Family:
         connectors: tensors that write to the stream beside an embedding that is scaled by √hidden.
         other_fields: key, or "section.key", of the config → a size that stands there too.
         first_layers: "section.key" of a list; as many first layers must stay, because something is added behind each.
+        layer_periods: keys of the numbers of layers after which their kinds repeat, where these follow from the layer's
+            number. Layers leave in runs of their least common multiple.
     """
 
     model_type: str
@@ -216,6 +226,7 @@ class Family:
     connectors: tuple[str, ...] = ()
     other_fields: Mapping[str, str] = field(default_factory=dict)
     first_layers: str | None = None
+    layer_periods: tuple[str, ...] = ()
 
     def split(self, tensor: str) -> tuple[int | None, str]:
         """`model.layers.3.mlp.up_proj.weight` → (3, `mlp.up_proj.weight`); outside the layers → (None, name)."""
@@ -255,6 +266,9 @@ class Family:
             section, key = self.first_layers.split(".")
             fields[FIRST_LAYERS] = FIRST_LAYERS
             values[FIRST_LAYERS] = len(getattr(getattr(config, section), key))
+        if self.layer_periods:
+            fields[LAYER_PERIOD] = LAYER_PERIOD
+            values[LAYER_PERIOD] = math.lcm(*(getattr(self.text(config), key) for key in self.layer_periods))
         return from_config(values, fields, self.derived, self.defaults)
 
     def sizes(self, formulas: Iterable[str]) -> set[str]:
@@ -262,7 +276,7 @@ class Family:
         though the config has a number of them; so it is with a dense layer's neurons."""
         used = {name for formula in formulas for name in dims.names(formula)}
         used |= {"layers"} | ({"top_k"} if "experts" in used else set()) | ({"kv_heads"} if "heads" in used else set())
-        return used | {FIRST_LAYERS} | self.fields.keys() - AXES.keys()
+        return used | {FIRST_LAYERS, LAYER_PERIOD} | self.fields.keys() - AXES.keys()
 
     def cut_config(
         self,
