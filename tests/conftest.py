@@ -104,6 +104,7 @@ OWN = {
         "layer_types": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8,
         "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16, "moe_shared_expert_intermediate_size": 28,
     },
+    "nemotron-nas": {"intermediate_size": 512},
     "mamba": {"state_size": 8, "time_step_rank": 6},
     "falcon_mamba": {"state_size": 8, "time_step_rank": 6},
     "jamba": {

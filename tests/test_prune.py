@@ -203,6 +203,8 @@ def cut_and_reload(teacher: Checkpoint, target: Architecture, blocks: "object", 
     if target.hidden < teacher.architecture.hidden:  # what slicing alone does to the norms is no rounding error
         sliced = logits(build(cut(masked_teacher, scores, target, norm_correction=False), torch.float32), blocks)
         assert (sliced - expected).norm() / expected.norm() > 1e-2
+    config = json.loads((folder / "student" / "config.json").read_text())
+    assert config["architectures"] == [type(reloaded).__name__]  # by which runtimes choose their code
     counted = sum(parameter.numel() for parameter in reloaded.parameters())
     planned = cost.parameters(teacher.family, teacher.layout, target, ranked_layers(scores, teacher.architecture))
     assert student.parameters == counted == planned

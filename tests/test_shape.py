@@ -14,6 +14,7 @@ from prunus.families import known_families
 PACKAGE = Path(pr.__file__).parent
 LAYERS = """
     errors anatomy dims architecture families.family families._decoder families._vision
+    families._decilm families._uneven
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
     packing experts weights storage checks checkpoint source documents text scores
@@ -47,7 +48,7 @@ def imported(file: Path) -> set[str]:
 MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"}
 
 
-FAMILIES = {f"families.{name}": MODULES.pop(f"families.{name}") for name in known_families()}
+FAMILIES = {name: MODULES.pop(name) for name in (f"families.{family.replace('-', '_')}" for family in known_families())}
 
 
 def test_every_module_has_its_place():
@@ -121,4 +122,4 @@ assert measure is pr.measure
 def test_the_readme_names_every_family():
     named = re.search(r"## Families(.*?)## Limits", (PACKAGE.parents[1] / "README.md").read_text(), re.DOTALL)
     assert named is not None
-    assert sorted(set(re.findall(r"`([a-z0-9_]+)`", named[1])) & set(known_families())) == known_families()
+    assert sorted(set(re.findall(r"`([a-z0-9_-]+)`", named[1])) & set(known_families())) == known_families()

@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from prunus import anatomy, checks, cost, hardware, packing, storage, weights
 from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, UnsupportedModel, one_line
-from prunus.families import Family, family_of, may_be_known
+from prunus.families import Family, family_of, may_be_known, with_uneven_layers
 from prunus.files import atomic_folder, cache_folder, sha256
 from prunus.storage import Place, Stored
 from prunus.weights import Parts
@@ -107,12 +107,24 @@ class Checkpoint:
 
     def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
         """The transformers model, in evaluation mode, in `dtype` (default: as stored), on the CPU or `device`."""
-        with _quiet():
-            config = without_dropout(self.config)
-            model = _builder(self.family).from_pretrained(self.folder, dtype=dtype or self.dtype, config=config)
+        dtype = dtype or self.dtype
+        if self.family.folding:
+            model = self._unfolded(dtype)
+        else:
+            with _quiet():
+                config = without_dropout(self.config)
+                model = _builder(self.family).from_pretrained(self.folder, dtype=dtype, config=config)
         if self.family.ignores_positions:
             packing.separate(model)
         return hardware.place(model, device=device).eval()
+
+    def _unfolded(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model whose layers are in memory otherwise than in the files, which transformers would not find."""
+        model = self.skeleton(dtype)
+        weights = {name: tensor.whole().to(dtype) for name, tensor in self.tensors()}
+        model.load_state_dict(weights, strict=False, assign=True)
+        model.tie_weights()
+        return model
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The same without its weights, which lie on the meta device; only its buffers are there."""
@@ -157,11 +169,12 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return quiet
 
 
-def load(model: str | Path, *, cache: Path | None = None) -> Checkpoint:
+def load(model: str | Path, *, uneven: bool = False, cache: Path | None = None) -> Checkpoint:
     """Open a Hugging Face folder, a hub id, or a GGUF file.
 
     Args:
         model: path or hub id.
+        uneven: as a model whose layers may lack attention or the FFN, of each of which depth is made then.
         cache: where a GGUF file is dequantised to (default: ~/.cache/prunus); done once per file.
     Raises:
         BadCheckpoint: missing, truncated, pickled or unreadable weights.
@@ -176,7 +189,7 @@ def load(model: str | Path, *, cache: Path | None = None) -> Checkpoint:
         raise BadCheckpoint(f"{model}: a model is a Hugging Face folder, a hub id or a .gguf file, not a {path.suffix}")
     else:
         folder = _from_hub(str(model))
-    return _open_folder(folder, name=str(model))
+    return _open_folder(folder, name=str(model), uneven=uneven)
 
 
 def verify_weights(checkpoint: Checkpoint) -> None:
@@ -257,11 +270,17 @@ def _rows(tensor: Tensor, rows: slice) -> Tensor:
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Parts]) -> None:
-    weights.write(folder, storage.scattered(family_of(config.model_type, config), tensors))
+    family = family_of(config.model_type, config)
+    weights.write(folder, storage.scattered(family, tensors))
+    config = family.folding.folded(config) if family.folding else copy.copy(config)
+    if family.folding:
+        shutil.copy(family.folding.code, folder / family.folding.code_name)
+    # Runtimes choose their code by it; the config of a GGUF file, or of a body without its head, has none or another.
+    config.architectures = [_builder(family)._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
 
 
-def _open_folder(folder: Path, *, name: str) -> Checkpoint:
+def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise BadCheckpoint(f"{name}: no config.json in {folder}; a model folder has one beside its safetensors")
     try:
@@ -271,7 +290,9 @@ def _open_folder(folder: Path, *, name: str) -> Checkpoint:
             family_of(raw.get("model_type", ""))  # says what is known
         with _quiet():
             config = AutoConfig.from_pretrained(folder)
+            config = with_uneven_layers(config) if uneven else config
         family = family_of(config.model_type, config)
+        config = family.folding.unfolded(config) if family.folding else config
     except (ValueError, AttributeError, OSError, StrictDataclassError) as error:
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {one_line(error, 1000)}") from error
     checks.variant(name, family, config)

@@ -35,6 +35,10 @@ Source = Annotated[
 Params = Annotated[str | None, typer.Option(help="Budget of parameters: 0.7x or 95M.")]
 Memory = Annotated[str | None, typer.Option(help="Budget of weights + KV cache (4096 tokens): 0.7x or 180MB.")]
 Arch = Annotated[str | None, typer.Option(help="Explicit sizes: hidden=512,ffn=1024,layers=24,heads=6,kv_heads=3.")]
+Uneven = Annotated[
+    bool | None,
+    typer.Option("--uneven", help="Llama-like models: layers may lose attention alone (DeciLM); layers are branches."),
+]
 DataOption = Annotated[str | None, typer.Option(help="Text: JSONL, Parquet or text; a file, a folder, or a hub id.")]
 Heldout = Annotated[str | None, typer.Option(help="Held-out text. Default: a share of the documents of --data.")]
 Tokens = Annotated[str | None, typer.Option(help="Training tokens, such as 200k or 10M. Default: the text once.")]
@@ -110,6 +114,7 @@ def _stage_command(stage: str, help_text: str) -> None:
         params: Params = None,
         memory: Memory = None,
         arch: Arch = None,
+        uneven: Uneven = None,
         data: DataOption = None,
         heldout: Heldout = None,
         tokens: Tokens = None,
@@ -125,6 +130,7 @@ def _stage_command(stage: str, help_text: str) -> None:
             "params": params,
             "memory": memory,
             "arch": arch,
+            "uneven": uneven,
             "data.train": data,
             "data.heldout": heldout,
             "distill.tokens": tokens,
@@ -142,12 +148,12 @@ _stage_command("compress", "Do everything: **prunus compress MODEL --params 0.7x
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(model: Model, uneven: Uneven = None, as_json: Json = False) -> None:
     """Show the axes of a model, its sizes, and where its parameters sit."""
     from prunus import inspection
     from prunus.checkpoint import load
 
-    checkpoint = load(model)
+    checkpoint = load(model, uneven=bool(uneven))
     if as_json:
         typer.echo(json.dumps(inspection.facts(checkpoint)))
     else:
@@ -160,6 +166,7 @@ def plan(
     params: Params = None,
     memory: Memory = None,
     arch: Arch = None,
+    uneven: Uneven = None,
     data: DataOption = None,
     tokens: Tokens = None,
     to: To = None,
@@ -176,6 +183,7 @@ def plan(
         "params": params,
         "memory": memory,
         "arch": arch,
+        "uneven": uneven,
         "data.train": data,
         "distill.tokens": tokens,
         "to": to and str(to),

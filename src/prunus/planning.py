@@ -50,7 +50,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     Without scores the architecture is not known yet: shown is the legal one near the budget whose shape is nearest to
     the teacher's; the search ranks all of them by measured damage.
     """
-    teacher = load(recipe.model)
+    teacher = load(recipe.model, uneven=recipe.uneven)
     if recipe.arch is not None:
         target, count, target_cost = parse(recipe.arch, teacher.architecture), 1, None
         check_legal(teacher.family, teacher.architecture, target)

@@ -216,6 +216,7 @@ class Recipe(Section):
     params: Amount | None = Field(None, description="budget of parameters: 0.7x or 95M")
     memory: Amount | None = Field(None, description="budget of weights + KV cache: 0.7x or 180MB")
     arch: str | None = Field(None, description="explicit sizes: hidden=512,ffn=1024,…")
+    uneven: bool = Field(False, description="layers may lose their attention alone; `layers` counts branches then")
     data: Data
     measure: Measure = Measure()
     score: Score = Score()

@@ -16,6 +16,7 @@ import yaml
 
 from prunus import formats, pictures
 from prunus.architecture import AXES
+from prunus.families.family import MADE_UP
 from prunus.files import atomic_file
 from prunus.verdict import Report, cautions, compared, complete, evaluated, final_stage, grade, verdict
 
@@ -108,6 +109,7 @@ def _words(report: Report) -> dict[str, Any]:
         "training": _training(report["training"]) if report["training"].get("curve") else [],
         "functions": report["scores"].get("functions", {}),
         "removed_layers": _removed_layers(report),
+        "code": report["student"].get("code"),
         "candidates": _candidates(report),
         "shape": _shape(report),
         "groups": _groups(report),
@@ -223,7 +225,7 @@ def _candidate(candidate: Report) -> dict[str, Any]:
 def _shape(report: Report) -> list[tuple[str, str, str, str]]:
     """Each size: its name, of the teacher, of the student, and the change if there is one."""
     teacher, student = (model.get("architecture", {}) for model in compared(report))
-    sizes = [(name, teacher[name], student[name]) for name in teacher if name in student]
+    sizes = [(name, teacher[name], student[name]) for name in teacher if name in student and name not in MADE_UP]
     return [(name, f"{old:,}", f"{new:,}", formats.times(new / old) if new != old else "") for name, old, new in sizes]
 
 

@@ -175,6 +175,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "model_type": family.model_type,
+        "code": family.folding.code_name if family.folding else None,
         "fingerprint": checkpoint.fingerprint,
         "architecture": dict(sizes),
         "parameters": checkpoint.parameters,

@@ -47,7 +47,7 @@ BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
 DEPENDS_ON = {
     "text": ("model", "data", "distill.tokens", "measure.tokens"),
-    "measure": ("measure", "distill.seed"),
+    "measure": ("uneven", "measure", "distill.seed"),
     "score": ("score",),
     "search": ("params", "memory", "arch", "search"),
     "prune": ("prune",),
@@ -78,7 +78,7 @@ class Run:
     @functools.cached_property
     def teacher(self) -> Checkpoint:
         """The opened teacher, its weights checked, and the same as when the run began."""
-        teacher = load(self.recipe.model)
+        teacher = load(self.recipe.model, uneven=self.recipe.uneven)
         verify_weights(teacher)
         return teacher
 

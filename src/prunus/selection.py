@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from prunus import dims
 from prunus.architecture import Architecture
 from prunus.errors import BudgetUnreachable
 from prunus.families import Family
-from prunus.families.family import FIRST_LAYERS, LAYER_PERIOD
+from prunus.families.family import FIRST_LAYERS, FOLDED, LAYER_PERIOD
 from prunus.scores import Scores
 
 PLAIN_AXES = ("ffn", "shared_ffn", "q_rank", "kv_rank", "mamba_head_dim", "state", "linear_heads")
@@ -91,10 +92,14 @@ def ranked_layers(scores: Scores, teacher: Architecture) -> list[int]:
     Where only some have attention one of these stays to the end: transformers' cache counts tokens by it."""
     if LAYER_PERIOD in teacher:
         return _ranked_runs(scores["layers"], teacher[LAYER_PERIOD])
-    order: list[int] = torch.argsort(scores["layers"], descending=True, stable=True).tolist()
+    attends = (scores["heads"] != 0).any(1) if "heads" in scores.axes else None
+    ranks = scores["layers"].clone()
+    if FOLDED in teacher and attends is not None:  # an FFN is no less than the attention that it stands behind
+        more = torch.nextafter(ranks, torch.tensor(math.inf))
+        ranks[1:] = torch.where(attends[:-1] & ~attends[1:], torch.maximum(ranks[1:], more[:-1]), ranks[1:])
+    order: list[int] = torch.argsort(ranks, descending=True, stable=True).tolist()
     order.sort(key=lambda layer: layer >= teacher.get(FIRST_LAYERS, 0))
-    if "heads" in scores.axes:
-        attends = (scores["heads"] != 0).any(1)
+    if attends is not None:
         first = next((layer for layer in order if attends[layer]), order[0])
         if not attends.all():
             order = [first, *(layer for layer in order if layer != first)]

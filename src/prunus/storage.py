@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -87,7 +87,8 @@ def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
         else:
             whole.setdefault(name, Stored((), stacked=True))  # its place in the order
             apart.setdefault(name, {})[expert, number] = place
-    return whole | {name: _stack(family, name, places) for name, places in apart.items()}
+    whole |= {name: _stack(family, name, places) for name, places in apart.items()}
+    return {unfolded: whole[name] for name, unfolded in _unfolded(family, whole).items()}
 
 
 def _known(family: Family, name: str) -> str:
@@ -138,9 +139,48 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
 
 
+def _unfolded(family: Family, names: Iterable[str]) -> dict[str, str]:
+    """Names in files → names in memory, where each branch is a layer of its own if the family folds them."""
+    found = _branches(family, names)
+    number = {branch: place for place, branch in enumerate(sorted(filter(None, set(found.values()))))}
+    return {
+        name: name if branch is None else f"{family.layer_prefix}{number[branch]}.{family.split(name)[1]}"
+        for name, branch in found.items()
+    }
+
+
+def _folded(family: Family, names: Iterable[str]) -> dict[str, str]:
+    """The inverse: a branch that comes later in a layer than the one before it is in the same layer."""
+    found = _branches(family, names)
+    layers: dict[tuple[int, int], int] = {}
+    layer, last = -1, -1
+    for branch in sorted(filter(None, set(found.values()))):
+        layer, last = layer + (branch[1] <= last or layer < 0), branch[1]
+        layers[branch] = layer
+    return {
+        name: name if branch is None else f"{family.layer_prefix}{layers[branch]}.{family.split(name)[1]}"
+        for name, branch in found.items()
+    }
+
+
+def _branches(family: Family, names: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+    """Of each name its layer and the place of its branch among the family's; None outside the layers, and of families
+    that do not fold them."""
+
+    def branch(name: str) -> tuple[int, int] | None:
+        layer, local = family.split(name)
+        if layer is None or family.folding is None:
+            return None
+        parts = ((f"{branch.module}.", f"{branch.norm}.") for branch in family.branches)
+        return layer, next(place for place, own in enumerate(parts) if local.startswith(own))
+
+    return {name: branch(name) for name in names}
+
+
 def scattered(family: Family, tensors: Mapping[str, Parts]) -> list[Entry]:
     """The model's tensors as they are written."""
-    return [_entry(family, name, tensor) for name, tensor in tensors.items()]
+    names = _folded(family, tensors)
+    return [_entry(family, names[name], tensor) for name, tensor in tensors.items()]
 
 
 def _entry(family: Family, name: str, tensor: Parts) -> Entry:

@@ -7,18 +7,26 @@ import importlib
 import pkgutil
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from prunus.errors import UnsupportedModel
+from prunus.families._decilm import DeciLMConfig, DeciLMForCausalLM
 from prunus.families._inferred import infer
+from prunus.families._uneven import with_uneven_layers
 from prunus.families.family import Branch, Family
 
-__all__ = ["Branch", "Family", "family_of", "known_families", "may_be_known"]
+__all__ = ["Branch", "Family", "family_of", "known_families", "may_be_known", "with_uneven_layers"]
+
+OF_OTHER_NAME = {"nemotron_nas": DeciLMConfig.model_type}
+"""File → the type that it describes, where a file cannot be called so."""
+# transformers has no code for this type of its own.
+AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig)
+AutoModelForCausalLM.register(DeciLMConfig, DeciLMForCausalLM)
 
 
 def known_families() -> list[str]:
     names = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in names if not name.startswith("_") and name != "family")
+    return sorted(OF_OTHER_NAME.get(name, name) for name in names if not name.startswith("_") and name != "family")
 
 
 def may_be_known(model_type: str) -> bool:
@@ -42,7 +50,8 @@ def family_of(model_type: str, config: Any = None) -> Family:
             f"model type {model_type!r} is not supported, because no family file says which of its weights carry which "
             f"axis. Known: {', '.join(known_families())}."
         )
-    module = importlib.import_module(f"prunus.families.{model_type}")
+    file = next((file for file, other in OF_OTHER_NAME.items() if other == model_type), model_type)
+    module = importlib.import_module(f"prunus.families.{file}")
     if config is not None and hasattr(module, "around"):
         text = config.text_config
         around: Family = module.around(family_of(text.model_type, text))

@@ -18,7 +18,7 @@ def with_vision(
     language_model: str = LANGUAGE_MODEL,
     stored_prefixes: tuple[tuple[str, str], ...] = (),
     other_fields: dict[str, str] | None = None,
-    first_layers: str | None = None,
+    first_layers: str | int = 0,
 ) -> Family:
     """The family of a model whose decoder is of the family `text`; see `Family` for the others.
 

@@ -13,8 +13,9 @@ that has no bias simply are not there; so it is with whole branches, where layer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prunus import dims
@@ -42,6 +43,7 @@ CONSTRAINTS = {
         lambda a: "experts" not in a or (a.hidden % 8 == 0 and a.expert_ffn % 8 == 0),
         "hidden and expert_ffn must be multiples of 8 (grouped matrix products need rows of 16 bytes)",
     ),
+    "ffn_of_256": (lambda a: a.ffn % 256 == 0, "ffn must be a multiple of 256 (its config has only a rounded factor)"),
     "even_latent": (lambda a: a.kv_rank % 2 == 0, "kv_rank must be even (its code views what follows as complex)"),
     "grouped_experts": (
         lambda a: "experts" not in a or (a.experts % a.expert_groups == 0 and a.experts // a.expert_groups >= 2),
@@ -90,6 +92,12 @@ FIRST_LAYERS = "first_layers"
 
 LAYER_PERIOD = "layer_period"
 """The size that counts the layers after which their kinds repeat."""
+
+FOLDED = "folded"
+"""A size of 1 where layers are folded in files, see `Folding`."""
+
+MADE_UP = (FIRST_LAYERS, LAYER_PERIOD, FOLDED)
+"""Sizes that say how a model may be cut, and are of no interest besides."""
 
 AS_IT_IS = "="
 """A dimension that no size of the language model decides."""
@@ -141,6 +149,23 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Folding:
+    """Layers that lie in files with all their branches, and are one branch each in memory, to be cut one by one. An FFN
+    stays as long as the attention before it, so that no layer ends with that.
+
+    Attributes:
+        folded, unfolded: make a config of files from one in memory, and back.
+        code: file that goes along with a checkpoint, for those that do not know the type.
+        code_name: its name there.
+    """
+
+    folded: Callable[[Any], Any]
+    unfolded: Callable[[Any], Any]
+    code: Path
+    code_name: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One Hugging Face `model_type`.
 
@@ -183,9 +208,11 @@ class Family:
             but for the dimensions that `outer_weights` names.
         connectors: tensors that write to the stream beside an embedding that is scaled by √hidden.
         other_fields: key, or "section.key", of the config → a size that stands there too.
-        first_layers: "section.key" of a list; as many first layers must stay, because something is added behind each.
+        first_layers: how many first layers must stay; or "section.key" of a list, because something is added behind the
+            layers that it counts.
         layer_periods: keys of the numbers of layers after which their kinds repeat, where these follow from the layer's
             number. Layers leave in runs of their least common multiple.
+        folding: how layers lie in files, where that is otherwise than in memory.
     """
 
     model_type: str
@@ -225,8 +252,9 @@ class Family:
     vision: tuple[str, ...] = ()
     connectors: tuple[str, ...] = ()
     other_fields: Mapping[str, str] = field(default_factory=dict)
-    first_layers: str | None = None
+    first_layers: str | int = 0
     layer_periods: tuple[str, ...] = ()
+    folding: Folding | None = None
 
     def split(self, tensor: str) -> tuple[int | None, str]:
         """`model.layers.3.mlp.up_proj.weight` → (3, `mlp.up_proj.weight`); outside the layers → (None, name)."""
@@ -260,23 +288,28 @@ class Family:
 
     def architecture(self, config: object) -> Architecture:
         """The sizes in a transformers config."""
-        fields = dict(self.fields)
-        values = {key: getattr(self.text(config), key, None) for key in fields.values()}
-        if self.first_layers:
+        values = {key: getattr(self.text(config), key, None) for key in self.fields.values()}
+        own = self._own_sizes(config)
+        return from_config(values | own, {**self.fields, **{size: size for size in own}}, self.derived, self.defaults)
+
+    def _own_sizes(self, config: object) -> dict[str, int]:
+        """Those that no key of the config holds."""
+        own = {FOLDED: 1} if self.folding else {}
+        if isinstance(self.first_layers, str):
             section, key = self.first_layers.split(".")
-            fields[FIRST_LAYERS] = FIRST_LAYERS
-            values[FIRST_LAYERS] = len(getattr(getattr(config, section), key))
+            own[FIRST_LAYERS] = len(getattr(getattr(config, section), key))
+        elif self.first_layers:
+            own[FIRST_LAYERS] = self.first_layers
         if self.layer_periods:
-            fields[LAYER_PERIOD] = LAYER_PERIOD
-            values[LAYER_PERIOD] = math.lcm(*(getattr(self.text(config), key) for key in self.layer_periods))
-        return from_config(values, fields, self.derived, self.defaults)
+            own[LAYER_PERIOD] = math.lcm(*(getattr(self.text(config), key) for key in self.layer_periods))
+        return own
 
     def sizes(self, formulas: Iterable[str]) -> set[str]:
         """The sizes of a model whose weights have these dimensions. Without experts in any layer there are none to cut,
         though the config has a number of them; so it is with a dense layer's neurons."""
         used = {name for formula in formulas for name in dims.names(formula)}
         used |= {"layers"} | ({"top_k"} if "experts" in used else set()) | ({"kv_heads"} if "heads" in used else set())
-        return used | {FIRST_LAYERS, LAYER_PERIOD} | self.fields.keys() - AXES.keys()
+        return used | {*MADE_UP} | self.fields.keys() - AXES.keys()
 
     def cut_config(
         self,
