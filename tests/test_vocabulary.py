@@ -2,17 +2,19 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import VISION_TOKEN, add_tokenizer, seen, tiny_model
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from prunus.checkpoint import Checkpoint, load
-from prunus.errors import BadRecipe, UnsupportedModel
+from prunus.errors import BadCheckpoint, BadRecipe, UnsupportedModel
 from prunus.vocabulary import Vocabulary, choose, count_tokens, trim
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<unused0>", "<unused1>", "<|user|>"]
@@ -198,3 +200,47 @@ def test_a_model_that_sees_finds_its_image_token_again(tmp_path):
     with torch.no_grad():
         expected = whole.module()(**before).logits[..., ids]
         torch.testing.assert_close(student.module()(**after).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model with both forms of a SentencePiece vocabulary."""
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "text").write_text(TEXT[0].replace(". ", ".\n"))
+    SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=700, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+        normalization_rule_name="identity",
+    )  # fmt: skip
+    processor = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    ids = {processor.id_to_piece(id): id for id in range(processor.vocab_size())}
+    merges = [(piece[:cut], piece[cut:]) for piece in ids for cut in range(1, len(piece))]
+    merges = [pair for pair in merges if set(pair) <= ids.keys() and BYTES[0][:3] not in "".join(pair)]
+    raw = Tokenizer(models.BPE(ids, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.add_special_tokens(["<unk>", "<s>", "</s>"])
+    checkpoint = tiny_model("llama", folder, vocab_size=raw.get_vocab_size())
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    return checkpoint
+
+
+def test_both_forms_of_a_vocabulary_are_cut_alike(pieces, tmp_path):
+    tokenizer = pieces.tokenizer()
+    vocabulary = choose(tokenizer, count_tokens(tokenizer, [TEXT[0][:3000]]), 420)
+    folder = trim(pieces, vocabulary, to=tmp_path / "cut").folder
+    one, other = AutoTokenizer.from_pretrained(folder), SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert other.vocab_size() == 420
+    assert [other.id_to_piece(id) for id in range(420)] == one.convert_ids_to_tokens(list(range(420)))
+    for text in [*TEXT[0].split(". "), *random_strings(200)]:
+        assert other.encode(text) == one(text, add_special_tokens=False).input_ids
+
+
+def test_a_damaged_form_is_refused(pieces, tmp_path):
+    folder = shutil.copytree(pieces.folder, tmp_path / "damaged")
+    (folder / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes()[:-1])
+    with pytest.raises(BadCheckpoint, match=r"tokenizer\.model is damaged"):
+        trim(load(folder), Vocabulary(list(range(300)), 1.0), to=tmp_path / "cut")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]

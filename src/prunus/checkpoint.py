@@ -214,7 +214,7 @@ def save(
     tensors: Mapping[str, Tensor | Parts],
     *,
     like: Checkpoint,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     stale_files: Iterable[str] = (),
 ) -> Checkpoint:
     """Write a plain checkpoint beside `folder`, compare it with what transformers makes of it (see `RELOADED_BYTES`),
@@ -224,7 +224,7 @@ def save(
         config: of the model that `tensors` belong to.
         tensors: every parameter, a tied head left out.
         like: the model whose tokenizer, chat template and generation config go along.
-        extra_files: more text files, name → content; instead of those of `like`.
+        extra_files: more files, name → content; instead of those of `like`.
         stale_files: patterns of what does not go along.
     Raises:
         BadCheckpoint: what transformers loads is not, bit for bit, what was meant. BadOutput: the disk is full.
@@ -240,8 +240,8 @@ def save(
         for pattern in stale_files:
             for file in partial.glob(pattern):
                 file.unlink()
-        for name, text in (extra_files or {}).items():
-            (partial / name).write_text(text)
+        for name, content in (extra_files or {}).items():
+            (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     stored = {name: tensor.moved(folder) for name, tensor in written.stored.items()}
     return dataclasses.replace(written, folder=folder, stored=stored)
 

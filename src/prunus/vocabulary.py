@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from prunus import dims, weights
+from prunus import dims, pieces, weights
 from prunus.checkpoint import Checkpoint, save
 from prunus.errors import BadRecipe, UnsupportedModel
 
@@ -32,7 +32,9 @@ SPACE = "▁"
 ID_KEY = re.compile(r"(_token|^token)_(id|ids|index)$")
 """Config keys whose values are ids."""
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
-STALE_FILES = ("tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json", "spiece.model")
+SENTENCEPIECE = "tokenizer.model"
+"""The vocabulary as SentencePiece stores it, which llama.cpp reads instead of tokenizer.json where it is there."""
+STALE_FILES = (SENTENCEPIECE, "vocab.*", "merges.txt", "added_tokens.json", "spiece.model")
 """Other forms of the old vocabulary."""
 
 
@@ -186,11 +188,16 @@ def _essential(
             yield id
 
 
-def _tokenizer_files(checkpoint: Checkpoint, new_id: Mapping[int, int]) -> dict[str, str]:
+def _tokenizer_files(checkpoint: Checkpoint, new_id: Mapping[int, int]) -> dict[str, str | bytes]:
     """File name → content, of all that names ids."""
     tokenizer = checkpoint.tokenizer()
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    files = {"tokenizer.json": json.dumps(_trimmed_definition(definition, new_id), ensure_ascii=False)}
+    files: dict[str, str | bytes] = {
+        "tokenizer.json": json.dumps(_trimmed_definition(definition, new_id), ensure_ascii=False)
+    }
+    file = checkpoint.folder / SENTENCEPIECE
+    if file.is_file():
+        files[SENTENCEPIECE] = pieces.kept(file.read_bytes(), new_id)
     settings = checkpoint.folder / "tokenizer_config.json"
     if settings.is_file():
         values = json.loads(settings.read_text())
