@@ -48,6 +48,8 @@ def show(checkpoint: Checkpoint) -> None:
         size = str(checkpoint.architecture[axis])
         fixed = checkpoint.family.uncut.get(axis)
         meaning = f"cannot be cut: {fixed}" if fixed else AXES[axis]
+        if axis == "layers" and checkpoint.family.folding:
+            meaning = "branches: attention and FFN of a layer are one each"
         axes.add_row(axis, size, "–" if smaller is None else str(smaller), meaning)
     console.print(axes)
     parts = Table("part", "parameters", "share", box=None, header_style="bold")
