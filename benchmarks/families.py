@@ -7,6 +7,7 @@ has no file is built tiny, from its config class as it stands, and must show in 
 """
 
 import warnings
+from collections.abc import Iterable, Sequence
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -15,20 +16,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from prunus.architecture import AXES
 from prunus.errors import UnsupportedModel
-from prunus.families import Family, family_of, known_families
+from prunus.families import Family, family_of, known_families, variants_of
 
 ALIASES = ("gpt-sw3",)
 """Names for the code of another type."""
 
 
-def axes(family: Family) -> list[str]:
-    own = {axis for axis in AXES if axis in family.fields.keys() | family.derived.keys()}
-    return [axis for axis in AXES if axis in own - family.derived.keys() - family.uncut.keys()]
+def axes(variants: Iterable[Family]) -> list[str]:
+    """That some variant can be cut along."""
+    found = {axis for family in variants for axis in family.fields.keys() - family.derived.keys() - family.uncut.keys()}
+    return [axis for axis in AXES if axis in found]
 
 
-def row(model_type: str, found: Family, how: str) -> str:
-    fixed = "; ".join(f"{axis}: {reason.partition(' (')[0]}" for axis, reason in found.uncut.items())
-    return f"| `{model_type}` | {how} | {', '.join(axes(found))} | {fixed} |"
+def row(model_type: str, variants: Sequence[Family], how: str) -> str:
+    fixed = "; ".join(f"{axis}: {reason.partition(' (')[0]}" for axis, reason in variants[0].uncut.items())
+    return f"| `{model_type}` | {how} | {', '.join(axes(variants))} | {fixed} |"
 
 
 def main() -> None:
@@ -36,10 +38,10 @@ def main() -> None:
     supported, refused = [], []
     for model_type in sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *known_families()} - {*ALIASES}):
         if model_type in known_families():
-            supported.append(row(model_type, family_of(model_type), "file"))
+            supported.append(row(model_type, variants_of(model_type), "file"))
             continue
         try:
-            supported.append(row(model_type, family_of(model_type, AutoConfig.for_model(model_type)), "experiment"))
+            supported.append(row(model_type, [family_of(model_type, AutoConfig.for_model(model_type))], "experiment"))
         except UnsupportedModel as error:
             reason = str(error).partition(" of it says: ")[2]
             refused.append(f"| `{model_type}` | {reason.removesuffix('. docs/add_a_family.md shows how to add it.')} |")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -15,7 +16,7 @@ from prunus.families._inferred import infer
 from prunus.families._uneven import with_uneven_layers
 from prunus.families.family import Branch, Family
 
-__all__ = ["Branch", "Family", "family_of", "known_families", "may_be_known", "with_uneven_layers"]
+__all__ = ["Branch", "Family", "family_of", "known_families", "may_be_known", "variants_of", "with_uneven_layers"]
 
 OF_OTHER_NAME = {"nemotron_nas": DeciLMConfig.model_type}
 """File → the type that it describes, where a file cannot be called so."""
@@ -50,11 +51,21 @@ def family_of(model_type: str, config: Any = None) -> Family:
             f"model type {model_type!r} is not supported, because no family file says which of its weights carry which "
             f"axis. Known: {', '.join(known_families())}."
         )
-    file = next((file for file, other in OF_OTHER_NAME.items() if other == model_type), model_type)
-    module = importlib.import_module(f"prunus.families.{file}")
+    module = _module(model_type)
     if config is not None and hasattr(module, "around"):
         text = config.text_config
         around: Family = module.around(family_of(text.model_type, text))
         return around
-    variants: tuple[Family, ...] = getattr(module, "VARIANTS", None) or (module.FAMILY,)
+    variants = variants_of(model_type)
     return next((variant for variant in variants if variant.fits(config)), variants[0])
+
+
+def variants_of(model_type: str) -> tuple[Family, ...]:
+    """All that a file describes of its type: what options of the config make of it."""
+    module = _module(model_type)
+    return getattr(module, "VARIANTS", None) or (module.FAMILY,)
+
+
+def _module(model_type: str) -> ModuleType:
+    file = next((file for file, other in OF_OTHER_NAME.items() if other == model_type), model_type)
+    return importlib.import_module(f"prunus.families.{file}")
