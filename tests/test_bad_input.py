@@ -273,10 +273,9 @@ def test_every_mistake_in_an_architecture_is_named(whole_model, refused):
     assert all(words in message for words in ("'hiden'", "ffn=41", "'two'"))
 
 
-def test_two_budgets_and_none(whole_model, refused):
-    words = "exactly one of params, memory and arch is needed"
-    assert f"{words}, not params and memory" in refused(whole_model, "--memory", "0.5x")
-    assert f"{words}, but none is there" in refused(whole_model, budget=())
+def test_an_architecture_beside_a_budget_and_none_of_both(whole_model, refused):
+    assert "nothing left for params and flops to decide" in refused(whole_model, "--arch", "ffn=24", "--flops", "0.5x")
+    assert "a budget is needed: one or several of params, memory," in refused(whole_model, budget=())
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -337,7 +336,7 @@ def test_the_budget_is_named_along_with_other_mistakes(refused, tmp_path):
     message = refused(tmp_path / "recipe.yaml", budget=())
     assert "2 mistakes" in message
     assert "did you mean 'baseline'?" in message
-    assert "exactly one of params, memory and arch is needed" in message
+    assert "a budget is needed" in message
 
 
 @pytest.mark.parametrize(

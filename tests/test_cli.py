@@ -100,8 +100,9 @@ def test_an_explicit_architecture(invoke, whole_model, corpus, tmp_path):
 def test_a_budget_of_memory(invoke, whole_model, corpus, tmp_path):
     done(invoke("search", str(whole_model), *small_flags(corpus, tmp_path / "run", budget=("--memory", "0.7x"))))
     budget = json.loads((tmp_path / "run" / "2-candidates.json").read_text())["budget"]
-    assert budget["unit"] == "bytes"
-    assert budget["planned"] == pytest.approx(budget["target"], rel=0.01)
+    (limit,) = budget["limits"]
+    assert limit["unit"] == "bytes"
+    assert limit["planned"] == pytest.approx(limit["target"], rel=0.01)
 
 
 def test_stages_of_a_run_again(invoke, run_folder):

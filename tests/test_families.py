@@ -154,7 +154,7 @@ def test_flops_of_a_llama_by_hand(llama):
     a = llama.architecture
     attention = 2 * a.heads * a.head_dim * a.hidden + 2 * a.kv_heads * a.head_dim * a.hidden
     by_hand = a.layers * (attention + 3 * a.hidden * a.ffn) + a.vocab * a.hidden
-    assert cost.flops_per_token(llama.family, llama.layout, a) == 2 * by_hand
+    assert cost.flops_per_token(llama.family, cost.shapes(llama.family, llama.layout), a) == 2 * by_hand
     assert (
         cost.kv_bytes_per_token(llama.family, cost.shapes(llama.family, llama.layout), a)
         == 2 * a.layers * a.kv_heads * a.head_dim * 2

@@ -65,9 +65,15 @@ def full_report() -> dict:
         "student": student,
         "budget": {
             "text": "params 0.7x",
-            "target": 94_160_506,
-            "planned": 94_150_656,
-            "counted": 94_150_656,
+            "limits": [
+                {
+                    "kind": "params",
+                    "unit": "parameters",
+                    "target": 94_160_506,
+                    "planned": 94_150_656,
+                    "counted": 94_150_656,
+                }
+            ],
             "note": None,
         },
         "text": {

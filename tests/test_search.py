@@ -4,7 +4,7 @@ import pytest
 from conftest import for_each_kind, tiny_model
 
 from prunus import cost
-from prunus.budget import MEMORY_CONTEXT, parse_budget, parse_quantity
+from prunus.budget import CONTEXT, LIMITS, parse_budget, parse_quantity
 from prunus.errors import BadRecipe, BudgetUnreachable
 from prunus.importance import score
 from prunus.measure import measure
@@ -35,15 +35,43 @@ def test_every_proposal_is_legal_and_within_the_tolerance(teacher):
     assert len(set(found)) == len(found)
     for target in found:
         assert not illegal_cut(teacher.family, teacher.architecture, target)
-        assert abs(cost.parameters(teacher.family, teacher.layout, target) / budget.target - 1) <= tolerance
+        assert abs(cost.parameters(teacher.family, teacher.layout, target) / budget.limits[0].target - 1) <= tolerance
 
 
 def test_memory_counts_weights_and_cache(llama):
     budget = parse_budget(llama, memory="0.7x")
     a = llama.architecture
-    cache = 2 * a.layers * a.kv_heads * a.head_dim * 4 * MEMORY_CONTEXT
-    assert budget.cost(a) == llama.parameters * 4 + cache
-    assert budget.target == round(0.7 * (llama.parameters * 4 + cache))
+    cache = 2 * a.layers * a.kv_heads * a.head_dim * 4 * CONTEXT
+    (limit,) = budget.limits
+    assert budget.cost(limit, a) == llama.parameters * 4 + cache
+    assert limit.target == round(0.7 * (llama.parameters * 4 + cache))
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_the_whole_model_uses_up_a_limit_of_all_it_has(llama, kind):
+    assert parse_budget(llama, **{kind: "1x"}).use(llama.architecture) == 1
+    assert parse_budget(llama, **{kind: "0.5x"}).use(llama.architecture) == pytest.approx(2, rel=1e-3)
+
+
+def test_the_cache_is_as_long_as_the_context(llama):
+    short, long = (parse_budget(llama, kv_cache="0.5x", context=tokens) for tokens in (1000, 8000))
+    assert long.limits[0].target == 8 * short.limits[0].target
+
+
+def test_of_several_limits_all_hold_and_one_is_used_up(llama):
+    budget = parse_budget(llama, params="0.9x", kv_cache="0.67x", flops="0.8x")
+    found = legal_architectures(llama.family, llama.architecture, budget)
+    assert len(found) > 10
+    for target in found:
+        shares = budget.shares(target)
+        assert max(shares) == pytest.approx(1, abs=0.01)
+        assert cost.parameters(llama.family, llama.layout, target) <= 1.01 * 0.9 * llama.parameters
+
+
+def test_the_limit_that_cannot_be_kept_is_named(llama):
+    budget = parse_budget(llama, params="0.9x", kv_cache="0.01x")
+    with pytest.raises(BudgetUnreachable, match=r"^kv_cache 0\.01x is [\d,]+, but the smallest legal model"):
+        legal_architectures(llama.family, llama.architecture, budget)
 
 
 def test_a_budget_that_nothing_meets_gives_the_nearest_and_says_so(tmp_path, blocks):

@@ -24,7 +24,11 @@ def report(**distilled: object) -> dict:
     return {
         "teacher": {**sizes, "kv_bytes_per_token": 23_040},
         "student": {**fewer, "kv_bytes_per_token": 15_360},
-        "budget": {"text": "params 0.7x", "target": 94_160_506, "counted": 94_150_656, "note": None},
+        "budget": {
+            "text": "params 0.7x",
+            "limits": [{"kind": "params", "unit": "parameters", "target": 94_160_506, "counted": 94_150_656}],
+            "note": None,
+        },
         "text": {
             "train": {"tokens": 24_000_000, "fingerprint": "aa"},
             "calibration": {"tokens": 262_144, "fingerprint": "bb"},
@@ -111,14 +115,14 @@ def test_cautions(changes: dict, words: str) -> None:
 def test_cautions_about_text_budget_and_stages() -> None:
     run = report() | {"warnings": ["the run's own"]}
     run["text"]["heldout"] = {"tokens": 5000, "fingerprint": "aa"}
-    run["budget"]["counted"] = 96_000_000
+    run["budget"]["limits"][0]["counted"] = 96_000_000
     del run["models"][3]
     found = " ".join(cautions(complete(run)))
     for words in (
         "the run's own",
         "is the train text",
         "on 5,000 tokens only",
-        "96,000,000 counted, 94,160,506 allowed",
+        "96,000,000 parameters counted, 94,160,506 allowed",
         "was not distilled",
     ):
         assert words in found

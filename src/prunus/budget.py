@@ -1,10 +1,10 @@
-"""What the student may cost: parameters, or bytes of memory. Parsed from what the user wrote."""
+"""What the student may cost: parameters, bytes or FLOPs, several at once. Parsed from what the user wrote."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from prunus import cost
 from prunus.architecture import Architecture
@@ -12,42 +12,109 @@ from prunus.checkpoint import Checkpoint
 from prunus.errors import BadRecipe
 from prunus.families import Family
 
-SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9,
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "kb": 10**3, "mb": 10**6, "gb": 10**9,
             "kib": 2**10, "mib": 2**20, "gib": 2**30}  # fmt: skip
-MEMORY_CONTEXT = 4096
-"""Tokens of the KV cache that a memory budget includes."""
+CONTEXT = 4096
+"""Tokens of the KV cache that a budget counts, unless the user says how many."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What an architecture costs, counted without building it.
+
+    Attributes:
+        family: of the teacher.
+        shapes: of the teacher's tensors.
+        bytes_per_value: of a weight, and of a value in the KV cache.
+        context: tokens of the KV cache of one sequence.
+    """
+
+    family: Family
+    shapes: cost.Shapes
+    bytes_per_value: int
+    context: int = CONTEXT
+
+    def parameters(self, architecture: Architecture) -> int:
+        return sum(size for part, size in cost.count(self.shapes, architecture).items() if part != "buffers")
+
+    def weights(self, architecture: Architecture) -> int:
+        return self.parameters(architecture) * self.bytes_per_value
+
+    def kv_cache(self, architecture: Architecture) -> int:
+        width = self.bytes_per_value
+        return self.context * cost.kv_bytes_per_token(self.family, self.shapes, architecture, bytes_per_value=width)
+
+    def memory(self, architecture: Architecture) -> int:
+        return self.weights(architecture) + self.kv_cache(architecture)
+
+    def flops(self, architecture: Architecture) -> int:
+        return cost.flops_per_token(self.family, self.shapes, architecture)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that can be limited.
+
+    Attributes:
+        unit: what it is counted in.
+        of: what an architecture has of it.
+    """
+
+    unit: str
+    of: Callable[[Costs, Architecture], int]
+
+
+LIMITS: Mapping[str, Kind] = {
+    "params": Kind("parameters", Costs.parameters),
+    "memory": Kind("bytes", Costs.memory),
+    "weights": Kind("bytes", Costs.weights),
+    "kv_cache": Kind("bytes", Costs.kv_cache),
+    "flops": Kind("FLOPs", Costs.flops),
+}
+"""By the recipe's key. "memory" is weights and KV cache, "flops" of one token's forward pass."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One line of a budget.
+
+    Attributes:
+        kind: key in `LIMITS`.
+        text: as the user wrote it.
+        target: at most so much.
+    """
+
+    kind: str
+    text: str
+    target: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.text}"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit that architectures are compared with.
+    """Limits that architectures are compared with, all of which must hold."""
 
-    Attributes:
-        text: as the user wrote it.
-        target: parameters, or bytes.
-        family: of the teacher.
-        shapes: of its tensors, to count an architecture without building it.
-        bytes_per_value: 0 for a budget of parameters; of a memory budget the size of a weight.
-    """
+    costs: Costs
+    limits: tuple[Limit, ...]
 
-    text: str
-    target: int
-    family: Family
-    shapes: cost.Shapes
-    bytes_per_value: int
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.limits))
 
-    def cost(self, architecture: Architecture) -> int:
-        """Parameters; or bytes of the weights and of the KV cache of one sequence of `MEMORY_CONTEXT` tokens."""
-        weights = self.parameters(architecture)
-        if not self.bytes_per_value:
-            return weights
-        cache = MEMORY_CONTEXT * cost.kv_bytes_per_token(
-            self.family, self.shapes, architecture, bytes_per_value=self.bytes_per_value
-        )
-        return weights * self.bytes_per_value + cache
+    def cost(self, limit: Limit, architecture: Architecture) -> int:
+        return LIMITS[limit.kind].of(self.costs, architecture)
+
+    def shares(self, architecture: Architecture) -> list[float]:
+        """Of each limit how much is used up; beyond 1 it is exceeded."""
+        return [self.cost(limit, architecture) / limit.target for limit in self.limits]
+
+    def use(self, architecture: Architecture) -> float:
+        """Of the limit that is used up most."""
+        return max(self.shares(architecture))
 
     def parameters(self, architecture: Architecture) -> int:
-        return sum(size for part, size in cost.count(self.shapes, architecture).items() if part != "buffers")
+        return self.costs.parameters(architecture)
 
 
 def parse_quantity(text: str) -> float:
@@ -78,22 +145,27 @@ def check_amount(text: str) -> str:
 
 
 def parse_budget(
-    teacher: Checkpoint, *, params: str | None = None, memory: str | None = None, ranking: Sequence[int] | None = None
+    teacher: Checkpoint, *, ranking: Sequence[int] | None = None, context: int = CONTEXT, **limits: str | None
 ) -> Budget:
-    """A budget from `0.7x`, `95M` (parameters) or `180MB` (memory).
+    """A budget from `params="0.7x"`, `params="95M"`, `memory="180MB"` and so on; see `LIMITS`.
 
     Args:
         ranking: layers in the order in which they stay (see `cost.shapes`).
+        context: tokens of the KV cache.
+        limits: those that are None do not count.
     Raises:
-        BadRecipe: not exactly one of both, not a quantity, or not below the teacher's own.
+        BadRecipe: none at all, not a quantity, or not below the teacher's own.
     """
-    if (params is None) == (memory is None):
-        raise BadRecipe("give a budget: either params or memory (or an explicit arch)")
-    text, kind = (params, "params") if params is not None else (str(memory), "memory")
-    bytes_per_value = 0 if kind == "params" else teacher.dtype.itemsize
+    given = {kind: text for kind, text in limits.items() if text is not None}
+    if not given:
+        raise BadRecipe(f"give a budget: {', '.join(LIMITS)}, or several of them (or an explicit arch)")
     shapes = cost.shapes(teacher.family, teacher.layout, ranking)
-    budget = Budget(f"{kind} {text}", 0, teacher.family, shapes, bytes_per_value)
-    whole = budget.cost(teacher.architecture)
+    costs = Costs(teacher.family, shapes, teacher.dtype.itemsize, context)
+    return Budget(costs, tuple(_limit(kind, text, costs, teacher.architecture) for kind, text in given.items()))
+
+
+def _limit(kind: str, text: str, costs: Costs, teacher: Architecture) -> Limit:
+    whole = LIMITS[kind].of(costs, teacher)
     try:
         share = parse_share(check_amount(text))
     except ValueError as error:
@@ -101,4 +173,4 @@ def parse_budget(
     target = round(share * whole if share is not None else parse_quantity(text))
     if not 0 < target <= whole:
         raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {whole:,}; pruning only removes")
-    return replace(budget, target=target)
+    return Limit(kind, text, target)

@@ -33,7 +33,10 @@ Source = Annotated[
     str, typer.Argument(metavar="MODEL|RECIPE|RUN", help="A model, a recipe.yaml, or the folder of an earlier run.")
 ]
 Params = Annotated[str | None, typer.Option(help="Budget of parameters: 0.7x or 95M.")]
-Memory = Annotated[str | None, typer.Option(help="Budget of weights + KV cache (4096 tokens): 0.7x or 180MB.")]
+Memory = Annotated[str | None, typer.Option(help="Budget of weights + KV cache: 0.7x or 180MB.")]
+Flops = Annotated[str | None, typer.Option(help="Budget of FLOPs per token: 0.6x or 200M.")]
+KVCache = Annotated[str | None, typer.Option(help="Budget of the KV cache alone: 0.5x or 40MB.")]
+Context = Annotated[str | None, typer.Option(help="Tokens of the KV cache that a budget counts, such as 32k.")]
 Arch = Annotated[str | None, typer.Option(help="Explicit sizes: hidden=512,ffn=1024,layers=24,heads=6,kv_heads=3.")]
 Uneven = Annotated[
     bool | None,
@@ -54,6 +57,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) -> Any:
     """The recipe of a file, a run folder, or flags alone; flags override it."""
     from prunus import recipe
+    from prunus.budget import LIMITS
     from prunus.run import is_run
 
     path = Path(source)
@@ -62,9 +66,10 @@ def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) ->
         raise BadRecipe(f"{file}: no such recipe")
     values = {"model": source} if file is None else recipe.read_yaml(file)
     changes |= _settings(settings)
-    budget = [key for key in ("params", "memory", "arch") if changes.get(key) is not None]
-    if budget:  # a budget on the command line replaces the recipe's, of whatever kind
-        values = {key: value for key, value in values.items() if key not in ("params", "memory", "arch")}
+    budgets = (*LIMITS, "arch")
+    # On the command line a budget replaces the recipe's, of whatever kind.
+    if any(changes.get(key) is not None for key in budgets):
+        values = {key: value for key, value in values.items() if key not in budgets}
     return recipe.parse(recipe.override(values, changes), source=str(file or "command line"))
 
 
@@ -113,6 +118,9 @@ def _stage_command(stage: str, help_text: str) -> None:
         source: Source,
         params: Params = None,
         memory: Memory = None,
+        flops: Flops = None,
+        kv_cache: KVCache = None,
+        context: Context = None,
         arch: Arch = None,
         uneven: Uneven = None,
         data: DataOption = None,
@@ -129,6 +137,9 @@ def _stage_command(stage: str, help_text: str) -> None:
         changes = {
             "params": params,
             "memory": memory,
+            "flops": flops,
+            "kv_cache": kv_cache,
+            "context": context,
             "arch": arch,
             "uneven": uneven,
             "data.train": data,
@@ -165,6 +176,9 @@ def plan(
     source: Source,
     params: Params = None,
     memory: Memory = None,
+    flops: Flops = None,
+    kv_cache: KVCache = None,
+    context: Context = None,
     arch: Arch = None,
     uneven: Uneven = None,
     data: DataOption = None,
@@ -182,6 +196,9 @@ def plan(
     changes = {
         "params": params,
         "memory": memory,
+        "flops": flops,
+        "kv_cache": kv_cache,
+        "context": context,
         "arch": arch,
         "uneven": uneven,
         "data.train": data,

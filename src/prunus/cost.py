@@ -125,17 +125,22 @@ def parameters(
     return sum(parameters_by_group(family, tensors, architecture, ranking).values())
 
 
-def flops_per_token(family: Family, tensors: Layout, architecture: Architecture, *, context: int = 0) -> int:
+def flops_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, context: int = 0) -> int:
     """Multiply-adds × 2 of one token's forward pass; attention over `context` earlier tokens included."""
-    groups = count(shapes(family, tensors), architecture, active=True)
+    groups = count(shapes, architecture, active=True)
     head = groups.get("head") or architecture.vocab * architecture.hidden
-    layers = len(branch_layers(family, tensors).get("attention", [])[: architecture.layers])
-    attention = 2 * layers * architecture.get("heads", 0) * architecture.get("head_dim", 0) * context
+    per_layer = architecture.get("heads", 0) * architecture.get("head_dim", 0)
+    attention = 2 * _attending(shapes, architecture) * per_layer * context
     return 2 * (sum(groups.get(branch.name, 0) for branch in family.branches) + head + attention)
 
 
 def kv_bytes_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, bytes_per_value: int = 2) -> int:
     """Of the cache that generation keeps; what Mamba layers keep does not grow with the tokens."""
-    having = ["attention" in kind for kind in shapes.kinds]
-    layers = sum(having[kind] for kind in shapes.order[: architecture.layers])
+    layers = _attending(shapes, architecture)
     return layers * dims.size(family.cached, architecture) * bytes_per_value if layers else 0
+
+
+def _attending(shapes: Shapes, architecture: Architecture) -> int:
+    """Layers with attention."""
+    having = ["attention" in kind for kind in shapes.kinds]
+    return sum(having[kind] for kind in shapes.order[: architecture.layers])

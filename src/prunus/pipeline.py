@@ -72,7 +72,7 @@ def _check_goal(run: Run) -> None:
         target = architecture.parse(recipe.arch, teacher.architecture)
         check_legal(teacher.family, teacher.architecture, target)
     else:
-        budget = parse_budget(teacher, params=recipe.params, memory=recipe.memory)
+        budget = parse_budget(teacher, **recipe.limits)
         legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
 
 
@@ -151,7 +151,7 @@ def _search(run: Run) -> None:
         write_json(run.path("search"), results.explicit(run.teacher, named, run.scores))
         return
     ranking = ranked_layers(run.scores, run.teacher.architecture)
-    budget = parse_budget(run.teacher, params=recipe.params, memory=recipe.memory, ranking=ranking)
+    budget = parse_budget(run.teacher, ranking=ranking, **recipe.limits)
     with console.bar("probes and candidates", unit="models") as step:
         found: Search = search(
             run.teacher,

@@ -52,12 +52,13 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     """
     teacher = load(recipe.model, uneven=recipe.uneven)
     if recipe.arch is not None:
-        target, count, target_cost = parse(recipe.arch, teacher.architecture), 1, None
+        target, count, limits = parse(recipe.arch, teacher.architecture), 1, {}
         check_legal(teacher.family, teacher.architecture, target)
     else:
-        budget = parse_budget(teacher, params=recipe.params, memory=recipe.memory)
+        budget = parse_budget(teacher, **recipe.limits)
         found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
-        target, count, target_cost = _most_similar(teacher.architecture, found), len(found), budget.target
+        target, count = _most_similar(teacher.architecture, found), len(found)
+        limits = {limit.kind: limit.target for limit in budget.limits}
     if recipe.distill.tokens is None:
         raise BadRecipe("plan: the time depends on the amount of text; give --tokens")
     schedule = plan_training(
@@ -72,7 +73,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     return {
         "teacher": _facts(teacher, teacher.architecture),
         "student": _facts(teacher, target),
-        "budget": target_cost,
+        "budget": limits,
         "legal_architectures": count,
         "training": asdict(schedule) | {"tokens": schedule.tokens, "micro_blocks": micro_blocks},
         "peak_memory_bytes": sum(parts.values()),
@@ -123,8 +124,9 @@ def seconds(
     """Seconds of the long stages, from the rate of a GEMM. Only the training is spread over several GPUs."""
     rate = EFFICIENCY * machine.flops
     context = recipe.data.block_size // 2
-    ahead = cost.flops_per_token(teacher.family, teacher.layout, teacher.architecture, context=context)
-    student = cost.flops_per_token(teacher.family, teacher.layout, target, context=context)
+    shapes = cost.shapes(teacher.family, teacher.layout)
+    ahead = cost.flops_per_token(teacher.family, shapes, teacher.architecture, context=context)
+    student = cost.flops_per_token(teacher.family, shapes, target, context=context)
     built = recipe.search.candidates + 4 if recipe.arch is None else 1
     search = built * (2 * recipe.search.probe_tokens * (ahead + student) + recipe.data.heldout_tokens / 3 * student)
     return {
@@ -170,13 +172,13 @@ def _most_similar(teacher: Architecture, found: list[Architecture]) -> Architect
 
 
 def _facts(teacher: Checkpoint, sizes: Architecture) -> dict[str, int]:
-    parameters = _parameters(teacher, sizes)
+    parameters, shapes = _parameters(teacher, sizes), cost.shapes(teacher.family, teacher.layout)
     return sizes.axes() | {
         "parameters": parameters,
         "bytes": parameters * teacher.dtype.itemsize,
-        "FLOPs per token": cost.flops_per_token(teacher.family, teacher.layout, sizes),
+        "FLOPs per token": cost.flops_per_token(teacher.family, shapes, sizes),
         "KV bytes per token": cost.kv_bytes_per_token(
-            teacher.family, cost.shapes(teacher.family, teacher.layout), sizes, bytes_per_value=teacher.dtype.itemsize
+            teacher.family, shapes, sizes, bytes_per_value=teacher.dtype.itemsize
         ),
     }
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prunus import importance
-from prunus.budget import check_amount, parse_quantity
+from prunus.budget import CONTEXT, LIMITS, check_amount, parse_quantity
 from prunus.errors import BadRecipe
 from prunus.losses import DIVERGENCES, HIDDEN_LOSSES
 from prunus.schedule import SCHEDULES, Settings
@@ -215,6 +215,10 @@ class Recipe(Section):
     to: str = Field(description="run directory")
     params: Amount | None = Field(None, description="budget of parameters: 0.7x or 95M")
     memory: Amount | None = Field(None, description="budget of weights + KV cache: 0.7x or 180MB")
+    weights: Amount | None = Field(None, description="budget of bytes of the weights: 0.7x or 180MB")
+    kv_cache: Amount | None = Field(None, description="budget of bytes of the KV cache: 0.5x or 40MB")
+    flops: Amount | None = Field(None, description="budget of FLOPs per token: 0.6x or 200M")
+    context: Count = Field(CONTEXT, description="tokens of the KV cache that a budget counts")
     arch: str | None = Field(None, description="explicit sizes: hidden=512,ffn=1024,…")
     uneven: bool = Field(False, description="layers may lose their attention alone; `layers` counts branches then")
     data: Data
@@ -226,6 +230,11 @@ class Recipe(Section):
     baseline: bool = Field(False, description="also train the same architecture from random weights")
     evaluate: Evaluate = Evaluate()
     stop_after: Stage = "report"
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What `budget.parse_budget` is given."""
+        return {kind: getattr(self, kind) for kind in LIMITS} | {"context": self.context}
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -244,11 +253,10 @@ class Recipe(Section):
 
 
 def _budget_mistake(values: Mapping[str, Any]) -> str | None:
-    given = [name for name in ("params", "memory", "arch") if values.get(name) is not None]
-    if len(given) == 1:
-        return None
-    was = f"not {' and '.join(given)}" if given else "but none is there"
-    return f"exactly one of params, memory and arch is needed, {was}"
+    given = [name for name in LIMITS if values.get(name) is not None]
+    if values.get("arch") is not None:
+        return f"arch says all sizes, so there is nothing left for {' and '.join(given)} to decide" if given else None
+    return None if given else f"a budget is needed: one or several of {', '.join(LIMITS)}; or arch"
 
 
 def parse(values: Mapping[str, Any], *, source: str) -> Recipe:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +260,14 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
     texts = _texts(report)
     facts += [(f"{use} text", f"{texts[use]} · {text['fingerprint']}") for use, text in report["text"].items()]
     budget = report["budget"]
-    sizes = [f"{key} {budget[key]:,.0f}" for key in ("target", "planned", "counted") if budget.get(key)]
-    facts.append(("budget", " · ".join(filter(None, [budget.get("text"), *sizes, budget.get("note")]))))
+    facts.append(("budget", " · ".join(filter(None, [budget.get("text"), *_limits(budget), budget.get("note")]))))
     return [(name, value) for name, value in facts if value]
+
+
+def _limits(budget: Report) -> Iterator[str]:
+    for limit in budget.get("limits", []):
+        sizes = [f"{key} {limit[key]:,.0f}" for key in ("target", "planned", "counted") if limit.get(key)]
+        yield f"{' · '.join(sizes)} {limit['unit']}"
 
 
 def _texts(report: Report) -> dict[str, str]:

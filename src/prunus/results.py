@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import prunus
 from prunus import console, cost, hardware
 from prunus.architecture import Architecture
-from prunus.budget import MEMORY_CONTEXT, Budget
+from prunus.budget import LIMITS, Budget, Costs
 from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, qualities, samples, speed
@@ -46,10 +46,17 @@ def searched(found: Search, budget: Budget) -> dict[str, Any]:
     best = found.best.architecture
     return {
         "budget": {
-            "text": budget.text,
-            "unit": "bytes" if budget.bytes_per_value else "parameters",
-            "target": budget.target,
-            "planned": budget.cost(best),
+            "text": str(budget),
+            "limits": [
+                {
+                    "kind": limit.kind,
+                    "unit": LIMITS[limit.kind].unit,
+                    "target": limit.target,
+                    "planned": budget.cost(limit, best),
+                }
+                for limit in budget.limits
+            ],
+            "context": budget.costs.context,
             "planned_parameters": found.best.parameters,
             "note": found.note,
         },
@@ -65,9 +72,7 @@ def explicit(teacher: Checkpoint, target: Architecture, scores: Scores) -> dict[
     return {
         "budget": {
             "text": f"arch {target}",
-            "unit": "parameters",
-            "target": parameters,
-            "planned": parameters,
+            "limits": [{"kind": "params", "unit": "parameters", "target": parameters, "planned": parameters}],
             "planned_parameters": parameters,
             "note": None,
         },
@@ -181,7 +186,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.bytes,
         "parameters_by_group": cost.parameters_by_group(family, tensors, sizes),
-        "flops_per_token": cost.flops_per_token(family, tensors, sizes),
+        "flops_per_token": cost.flops_per_token(family, cost.shapes(family, tensors), sizes),
         "kv_bytes_per_token": kv_bytes_per_token(checkpoint),
     }
 
@@ -229,13 +234,13 @@ def show(run: Run) -> None:
 
 
 def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any]:
-    """The budget with what the written student costs, in the same unit, from its own tensors."""
+    """The budget with what the written student costs, from its own tensors."""
     if student is None:
         return budget
-    if budget["unit"] == "parameters":
-        return budget | {"counted": student.parameters}
-    width, per_token = student.dtype.itemsize, kv_bytes_per_token(student)
-    return budget | {"counted": student.parameters * width + MEMORY_CONTEXT * per_token}
+    costs = Costs(student.family, cost.shapes(student.family, student.layout), student.dtype.itemsize)
+    costs = replace(costs, context=budget.get("context", costs.context))
+    limits = [limit | {"counted": LIMITS[limit["kind"]].of(costs, student.architecture)} for limit in budget["limits"]]
+    return budget | {"limits": limits}
 
 
 def _texts(run: Run) -> dict[str, Blocks]:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from prunus import console
 from prunus import recipe as recipes
+from prunus.budget import LIMITS
 from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import training_state
 from prunus.errors import BadOutput, PrunusError
@@ -49,7 +50,7 @@ DEPENDS_ON = {
     "text": ("model", "data", "distill.tokens", "measure.tokens"),
     "measure": ("uneven", "measure", "distill.seed"),
     "score": ("score",),
-    "search": ("params", "memory", "arch", "search"),
+    "search": (*LIMITS, "context", "arch", "search"),
     "prune": ("prune",),
     "distill": ("distill",),
     "evaluate": ("evaluate",),

@@ -129,16 +129,13 @@ def legal_architectures(
     """
     filler = _filler(teacher, budget)
     outer = list(_without(filler, family, teacher))
-    smallest = min((budget.cost(a) for a in outer), default=0)
-    if not outer or smallest > budget.target * (1 + tolerance):
-        raise BudgetUnreachable(
-            f"{budget.text} is {budget.target:,}, but the smallest legal model of this family costs {smallest:,}: "
-            "the vocabulary and one layer of the smallest legal width remain. Raise the budget."
-        )
-    nearest, best_gap, found = outer[0], math.inf, []
+    smallest = min(outer, key=budget.use, default=teacher)
+    if budget.use(smallest) > 1 + tolerance:
+        raise BudgetUnreachable(_too_little(budget, smallest, tolerance))
+    nearest, best_gap, found = smallest, math.inf, []
     for base in outer:
         for candidate in _filled(family, filler, teacher, base, budget, tolerance):
-            gap = abs(budget.cost(candidate) - budget.target) / budget.target
+            gap = abs(budget.use(candidate) - 1)
             if gap < best_gap:
                 nearest, best_gap = candidate, gap
             if gap <= tolerance:
@@ -146,10 +143,20 @@ def legal_architectures(
     return found or [nearest]
 
 
+def _too_little(budget: Budget, smallest: Architecture, tolerance: float) -> str:
+    """Which limits not even the smallest model keeps."""
+    missed = [
+        f"{limit} is {limit.target:,}, but the smallest legal model of this family costs {least:,}"
+        for limit, least in ((limit, budget.cost(limit, smallest)) for limit in budget.limits)
+        if least > limit.target * (1 + tolerance)
+    ]
+    return f"{'; '.join(missed)}: the vocabulary and one layer of the smallest legal width remain. Raise the budget."
+
+
 def _filler(teacher: Architecture, budget: Budget) -> str:
     """The kind of neurons that holds the most parameters; of Mamba, which has none, its inner channels."""
     kinds = [axis for axis in FILLERS if axis in teacher.axes()] or ["mamba_heads"]
-    return max(kinds, key=lambda axis: budget.cost(teacher) - budget.cost(teacher.replace(**{axis: 1})))
+    return min(kinds, key=lambda axis: budget.parameters(teacher.replace(**{axis: 1})))
 
 
 def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Architecture]:
@@ -192,17 +199,22 @@ def _filled(
     family: Family, filler: str, teacher: Architecture, base: Architecture, budget: Budget, tolerance: float
 ) -> list[Architecture]:
     """`base` with the one or two aligned numbers of neurons that bring it nearest to the budget from both sides."""
-    fixed = budget.cost(base.replace(**{filler: 0}))
-    per_neuron = (budget.cost(base) - fixed) // base[filler]
+    fixed = budget.shares(base.replace(**{filler: 0}))
+    each = [(whole - rest) / base[filler] for whole, rest in zip(budget.shares(base), fixed, strict=True)]
+    if max((rest for rest, per_neuron in zip(fixed, each, strict=True) if not per_neuron), default=0) > 1 + tolerance:
+        return []  # a limit that neurons do not help
+    room, per_neuron = min(
+        (((1 - rest) / per_neuron, per_neuron) for rest, per_neuron in zip(fixed, each, strict=True) if per_neuron),
+        default=(math.inf, 0.0),
+    )
     if not per_neuron:  # none of the layers that stay has any
         return [base]
-    room = (budget.target - fixed) / per_neuron
     if room < 1:
         return []
     least = _least(filler, family, teacher)
-    step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance * budget.target and s >= least), least)
+    step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance and s >= least), least)
     sizes = {int(room // step) * step, int(room // step + 1) * step}
-    if abs(teacher[filler] - room) * per_neuron <= tolerance * budget.target:
+    if (room - teacher[filler]) * per_neuron > tolerance or abs(teacher[filler] - room) * per_neuron <= tolerance:
         sizes.add(teacher[filler])
     filled = [base.replace(**{filler: size}) for size in sorted(sizes) if 1 <= size <= teacher[filler]]
     return [candidate for candidate in filled if not family.illegal(candidate)]
@@ -219,7 +231,7 @@ def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -
     for axis in probed_axes(teacher):
         options = [a for a in _single_axis(teacher, axis) if not illegal_cut(family, teacher, a)]
         if options:
-            probes[axis] = min(options, key=lambda a: abs(budget.cost(a) - budget.target))
+            probes[axis] = min(options, key=lambda a: abs(budget.use(a) - 1))
     return probes
 
 
@@ -260,10 +272,10 @@ def search(
     """
     family, source = teacher.family, teacher.architecture
     found = legal_architectures(family, source, budget, tolerance=tolerance)
-    gap = abs(budget.cost(found[0]) - budget.target) / budget.target
+    gap = abs(budget.use(found[0]) - 1)
     note = None
     if gap > tolerance:
-        note = f"no legal architecture lies within {tolerance:.0%} of {budget.text}; the nearest misses it by {gap:.1%}"
+        note = f"no legal architecture lies within {tolerance:.0%} of {budget}; the nearest misses it by {gap:.1%}"
     slopes = dict.fromkeys(probed_axes(source), 1.0)
     measurer = None
     if calibration is not None and heldout is not None and len(found) > 1 and candidates > 0:

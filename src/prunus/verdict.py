@@ -190,9 +190,11 @@ def _within_noise(before: Mapping[str, float], after: Mapping[str, float]) -> bo
 
 
 def _budget_cautions(budget: Report) -> Iterator[str]:
-    target, counted = budget.get("target"), budget.get("counted")
-    if target is not None and counted is not None and counted > 1.01 * target:
-        yield f"The budget ({budget['text']}) was missed: {counted:,.0f} counted, {target:,.0f} allowed."
+    for limit in budget.get("limits", []):
+        target, counted = limit["target"], limit.get("counted")
+        if counted is not None and counted > 1.01 * target:
+            sizes = f"{counted:,.0f} {limit['unit']} counted, {target:,.0f} allowed"
+            yield f"The budget ({budget['text']}) was missed: {sizes}."
 
 
 def _stage_cautions(report: Report) -> Iterator[str]:
