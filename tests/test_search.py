@@ -11,6 +11,9 @@ from prunus.measure import measure
 from prunus.search import legal_architectures, lost_share, search
 from prunus.selection import illegal_cut
 
+RATES = {"step": 500.0, "layers": 100.0, "attention": 0.1, "ffn": 0.05, "head": 0.02}
+"""Microseconds of each part."""
+
 
 @pytest.mark.parametrize(
     ("text", "value"), [("200k", 200_000), ("95M", 95e6), ("1.5B", 1.5e9), ("180MB", 180e6), ("1GiB", 2**30), ("7", 7)]
@@ -49,8 +52,9 @@ def test_memory_counts_weights_and_cache(llama):
 
 @pytest.mark.parametrize("kind", LIMITS)
 def test_the_whole_model_uses_up_a_limit_of_all_it_has(llama, kind):
-    assert parse_budget(llama, **{kind: "1x"}).use(llama.architecture) == 1
-    assert parse_budget(llama, **{kind: "0.5x"}).use(llama.architecture) == pytest.approx(2, rel=1e-3)
+    for share in (1, 0.5):
+        budget = parse_budget(llama, rates=RATES, **{kind: f"{share}x"})
+        assert budget.use(llama.architecture) == pytest.approx(1 / share, rel=1e-3)
 
 
 def test_the_cache_is_as_long_as_the_context(llama):
@@ -59,7 +63,7 @@ def test_the_cache_is_as_long_as_the_context(llama):
 
 
 def test_of_several_limits_all_hold_and_one_is_used_up(llama):
-    budget = parse_budget(llama, params="0.9x", kv_cache="0.67x", flops="0.8x")
+    budget = parse_budget(llama, params="0.9x", kv_cache="0.67x", flops="0.8x", latency="0.9x", rates=RATES)
     found = legal_architectures(llama.family, llama.architecture, budget)
     assert len(found) > 10
     for target in found:

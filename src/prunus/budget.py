@@ -1,10 +1,10 @@
-"""What the student may cost: parameters, bytes or FLOPs, several at once. Parsed from what the user wrote."""
+"""What the student may cost: parameters, bytes, FLOPs or time, several at once. Parsed from what the user wrote."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prunus import cost
 from prunus.architecture import Architecture
@@ -14,6 +14,7 @@ from prunus.families import Family
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "kb": 10**3, "mb": 10**6, "gb": 10**9,
             "kib": 2**10, "mib": 2**20, "gib": 2**30}  # fmt: skip
+TIMES = {"us": 1, "µs": 1, "ms": 10**3, "s": 10**6}
 CONTEXT = 4096
 """Tokens of the KV cache that a budget counts, unless the user says how many."""
 
@@ -27,12 +28,14 @@ class Costs:
         shapes: of the teacher's tensors.
         bytes_per_value: of a weight, and of a value in the KV cache.
         context: tokens of the KV cache of one sequence.
+        rates: microseconds of each of `amounts` (see `latency.measured_rates`); empty where no model was timed.
     """
 
     family: Family
     shapes: cost.Shapes
     bytes_per_value: int
     context: int = CONTEXT
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def parameters(self, architecture: Architecture) -> int:
         return sum(size for part, size in cost.count(self.shapes, architecture).items() if part != "buffers")
@@ -50,6 +53,16 @@ class Costs:
     def flops(self, architecture: Architecture) -> int:
         return cost.flops_per_token(self.family, self.shapes, architecture)
 
+    def latency(self, architecture: Architecture) -> int:
+        return round(sum(self.rates[name] * amount for name, amount in self.amounts(architecture).items()))
+
+    def amounts(self, architecture: Architecture) -> dict[str, int]:
+        """What the time of a token is made of: the step itself, layers, and the weights that they and the head read."""
+        parts = cost.count(self.shapes, architecture, active=True)
+        read = {branch.name: parts[branch.name] for branch in self.family.branches if branch.name in parts}
+        head = parts.get("head") or architecture.vocab * architecture.hidden
+        return {"step": 1, "layers": architecture.layers, "head": head, **read}
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -58,10 +71,12 @@ class Kind:
     Attributes:
         unit: what it is counted in.
         of: what an architecture has of it.
+        suffixes: of quantities of it.
     """
 
     unit: str
     of: Callable[[Costs, Architecture], int]
+    suffixes: Mapping[str, int] = field(default_factory=lambda: SUFFIXES)
 
 
 LIMITS: Mapping[str, Kind] = {
@@ -70,8 +85,10 @@ LIMITS: Mapping[str, Kind] = {
     "weights": Kind("bytes", Costs.weights),
     "kv_cache": Kind("bytes", Costs.kv_cache),
     "flops": Kind("FLOPs", Costs.flops),
+    "latency": Kind("µs", Costs.latency, TIMES),
 }
-"""By the recipe's key. "memory" is weights and KV cache, "flops" of one token's forward pass."""
+"""By the recipe's key. "memory" is weights and KV cache, "flops" those of one token's forward pass, "latency" the time
+of one generated token on this machine."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +134,13 @@ class Budget:
         return self.costs.parameters(architecture)
 
 
-def parse_quantity(text: str) -> float:
-    """`200k`, `95M`, `1.5B`, `180MB` → the number. Raises ValueError."""
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in SUFFIXES:
-        raise ValueError(f"{text!r} is not a quantity such as 200k, 95M or 180MB")
-    return float(match[1].replace("_", "")) * SUFFIXES[match[2].lower()]
+def parse_quantity(text: str, suffixes: Mapping[str, int] = SUFFIXES) -> float:
+    """`200k`, `95M`, `1.5B`, `180MB`, or of times `40ms` → the number. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([a-zA-Zµ]*)\s*", text)
+    if match is None or match[2].lower() not in suffixes:
+        examples = "200k, 95M or 180MB" if suffixes is SUFFIXES else "40ms"
+        raise ValueError(f"{text!r} is not a quantity such as {examples}")
+    return float(match[1].replace("_", "")) * suffixes[match[2].lower()]
 
 
 def parse_share(text: str) -> float | None:
@@ -131,12 +149,12 @@ def parse_share(text: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def check_amount(text: str) -> str:
+def check_amount(text: str, suffixes: Mapping[str, int] = SUFFIXES) -> str:
     """The text, if it is a share such as `0.7x` or a quantity such as `95M`. Raises ValueError."""
     if parse_share(text) is not None:
         return text
     try:
-        number = parse_quantity(text)
+        number = parse_quantity(text, suffixes)
     except ValueError as error:
         raise ValueError(f"{error}, nor a share of the teacher such as 0.7x") from error
     if 0 < number < 1:
@@ -145,13 +163,19 @@ def check_amount(text: str) -> str:
 
 
 def parse_budget(
-    teacher: Checkpoint, *, ranking: Sequence[int] | None = None, context: int = CONTEXT, **limits: str | None
+    teacher: Checkpoint,
+    *,
+    ranking: Sequence[int] | None = None,
+    context: int = CONTEXT,
+    rates: Mapping[str, float] | None = None,
+    **limits: str | None,
 ) -> Budget:
     """A budget from `params="0.7x"`, `params="95M"`, `memory="180MB"` and so on; see `LIMITS`.
 
     Args:
         ranking: layers in the order in which they stay (see `cost.shapes`).
         context: tokens of the KV cache.
+        rates: see `Costs`; a limit of latency needs them.
         limits: those that are None do not count.
     Raises:
         BadRecipe: none at all, not a quantity, or not below the teacher's own.
@@ -160,17 +184,17 @@ def parse_budget(
     if not given:
         raise BadRecipe(f"give a budget: {', '.join(LIMITS)}, or several of them (or an explicit arch)")
     shapes = cost.shapes(teacher.family, teacher.layout, ranking)
-    costs = Costs(teacher.family, shapes, teacher.dtype.itemsize, context)
+    costs = Costs(teacher.family, shapes, teacher.dtype.itemsize, context, rates or {})
     return Budget(costs, tuple(_limit(kind, text, costs, teacher.architecture) for kind, text in given.items()))
 
 
 def _limit(kind: str, text: str, costs: Costs, teacher: Architecture) -> Limit:
-    whole = LIMITS[kind].of(costs, teacher)
+    suffixes, whole = LIMITS[kind].suffixes, LIMITS[kind].of(costs, teacher)
     try:
-        share = parse_share(check_amount(text))
+        share = parse_share(check_amount(text, suffixes))
     except ValueError as error:
         raise BadRecipe(f"{kind}: {error}") from error
-    target = round(share * whole if share is not None else parse_quantity(text))
+    target = round(share * whole if share is not None else parse_quantity(text, suffixes))
     if not 0 < target <= whole:
         raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {whole:,}; pruning only removes")
     return Limit(kind, text, target)

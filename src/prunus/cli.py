@@ -35,6 +35,7 @@ Source = Annotated[
 Params = Annotated[str | None, typer.Option(help="Budget of parameters: 0.7x or 95M.")]
 Memory = Annotated[str | None, typer.Option(help="Budget of weights + KV cache: 0.7x or 180MB.")]
 Flops = Annotated[str | None, typer.Option(help="Budget of FLOPs per token: 0.6x or 200M.")]
+Latency = Annotated[str | None, typer.Option(help="Budget of time per generated token, here: 0.6x or 40ms.")]
 KVCache = Annotated[str | None, typer.Option(help="Budget of the KV cache alone: 0.5x or 40MB.")]
 Context = Annotated[str | None, typer.Option(help="Tokens of the KV cache that a budget counts, such as 32k.")]
 Arch = Annotated[str | None, typer.Option(help="Explicit sizes: hidden=512,ffn=1024,layers=24,heads=6,kv_heads=3.")]
@@ -120,6 +121,7 @@ def _stage_command(stage: str, help_text: str) -> None:
         memory: Memory = None,
         flops: Flops = None,
         kv_cache: KVCache = None,
+        latency: Latency = None,
         context: Context = None,
         arch: Arch = None,
         uneven: Uneven = None,
@@ -139,6 +141,7 @@ def _stage_command(stage: str, help_text: str) -> None:
             "memory": memory,
             "flops": flops,
             "kv_cache": kv_cache,
+            "latency": latency,
             "context": context,
             "arch": arch,
             "uneven": uneven,

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, hidden, importance, parallel, results, text
-from prunus.budget import parse_budget
+from prunus import architecture, console, cost, hidden, importance, latency, parallel, results, text
+from prunus.budget import LIMITS, parse_budget
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadRecipe
@@ -72,8 +72,10 @@ def _check_goal(run: Run) -> None:
         target = architecture.parse(recipe.arch, teacher.architecture)
         check_legal(teacher.family, teacher.architecture, target)
     else:
-        budget = parse_budget(teacher, **recipe.limits)
-        legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
+        known = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
+        if any(known[kind] for kind in LIMITS):
+            budget = parse_budget(teacher, **known)
+            legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
 
 
 def _text(run: Run) -> None:
@@ -151,7 +153,8 @@ def _search(run: Run) -> None:
         write_json(run.path("search"), results.explicit(run.teacher, named, run.scores))
         return
     ranking = ranked_layers(run.scores, run.teacher.architecture)
-    budget = parse_budget(run.teacher, ranking=ranking, **recipe.limits)
+    rates = _rates(run) if recipe.latency else None
+    budget = parse_budget(run.teacher, ranking=ranking, rates=rates, **recipe.limits)
     with console.bar("probes and candidates", unit="models") as step:
         found: Search = search(
             run.teacher,
@@ -165,7 +168,14 @@ def _search(run: Run) -> None:
             repair=recipe.prune.repair,
             progress=step,
         )
+    if recipe.latency:
+        found = found.with_best(latency.tuned(run.teacher, run.scores, budget, found.best.architecture), budget)
     write_json(run.path("search"), results.searched(found, budget))
+
+
+def _rates(run: Run) -> dict[str, float]:
+    with console.bar("timing", unit="models") as step:
+        return latency.measured_rates(run.teacher, run.scores, progress=step)
 
 
 def _prune(run: Run) -> None:

@@ -54,6 +54,8 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     if recipe.arch is not None:
         target, count, limits = parse(recipe.arch, teacher.architecture), 1, {}
         check_legal(teacher.family, teacher.architecture, target)
+    elif recipe.latency is not None:
+        raise BadRecipe("plan: what a token takes is measured in the run itself; give --params for a plan")
     else:
         budget = parse_budget(teacher, **recipe.limits)
         found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)

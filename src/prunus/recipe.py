@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prunus import importance
-from prunus.budget import CONTEXT, LIMITS, check_amount, parse_quantity
+from prunus.budget import CONTEXT, LIMITS, TIMES, check_amount, parse_quantity
 from prunus.errors import BadRecipe
 from prunus.losses import DIVERGENCES, HIDDEN_LOSSES
 from prunus.schedule import SCHEDULES, Settings
@@ -41,6 +41,7 @@ Amount = Annotated[
     AfterValidator(check_amount),
 ]
 
+Time = Annotated[str, AfterValidator(lambda value: check_amount(value, TIMES))]
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -218,6 +219,7 @@ class Recipe(Section):
     weights: Amount | None = Field(None, description="budget of bytes of the weights: 0.7x or 180MB")
     kv_cache: Amount | None = Field(None, description="budget of bytes of the KV cache: 0.5x or 40MB")
     flops: Amount | None = Field(None, description="budget of FLOPs per token: 0.6x or 200M")
+    latency: Time | None = Field(None, description="budget of time per generated token on this machine: 0.6x or 40ms")
     context: Count = Field(CONTEXT, description="tokens of the KV cache that a budget counts")
     arch: str | None = Field(None, description="explicit sizes: hidden=512,ffn=1024,…")
     uneven: bool = Field(False, description="layers may lose their attention alone; `layers` counts branches then")

@@ -73,6 +73,13 @@ class Search:
     def best(self) -> Candidate:
         return self.candidates[0]
 
+    def with_best(self, architecture: Architecture, budget: Budget) -> Search:
+        """Another architecture ahead of the candidates, next to the best of them."""
+        if architecture == self.best.architecture:
+            return self
+        first = Candidate(architecture, budget.parameters(architecture), self.best.predicted_damage)
+        return replace(self, candidates=[first, *self.candidates])
+
 
 def lost_share(scores: Scores, teacher: Architecture, architecture: Architecture) -> dict[str, float]:
     """Share of each axis' score energy (Σ s²) that the best selection of this size cuts away, in [0, 1].
@@ -229,13 +236,14 @@ def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -
     """Per axis the cut of it alone that comes nearest to the budget, but at least half of the axis stays."""
     probes = {}
     for axis in probed_axes(teacher):
-        options = [a for a in _single_axis(teacher, axis) if not illegal_cut(family, teacher, a)]
+        options = [a for a in single_axis(teacher, axis) if not illegal_cut(family, teacher, a)]
         if options:
             probes[axis] = min(options, key=lambda a: abs(budget.use(a) - 1))
     return probes
 
 
-def _single_axis(teacher: Architecture, axis: str) -> list[Architecture]:
+def single_axis(teacher: Architecture, axis: str) -> list[Architecture]:
+    """The teacher with one axis smaller, down to about half."""
     if axis == "heads":
         per_group = teacher.heads // teacher.kv_heads
         inside = [teacher.replace(heads=teacher.kv_heads * n) for n in range(math.ceil(per_group / 2), per_group)]

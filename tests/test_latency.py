@@ -1,0 +1,71 @@
+"""Time per token from models that were timed: rates from sums, and an architecture that takes as long as asked."""
+
+import json
+
+import pytest
+from conftest import small_flags
+
+from prunus import latency
+from prunus.budget import parse_budget
+from prunus.importance import score
+from prunus.latency import fitted, measured_rates, tuned
+from prunus.measure import measure
+
+RATES = {"step": 500.0, "layers": 100.0, "attention": 0.1, "ffn": 0.05, "head": 0.02}
+
+
+@pytest.fixture
+def scores(llama, blocks):
+    return score(measure(llama, blocks))
+
+
+@pytest.fixture
+def clock(monkeypatch, llama):
+    """Stands in for the timing of models: their time by `RATES`, times what the test sets."""
+    costs = parse_budget(llama, latency="1x", rates=RATES).costs
+    pace = {"cut": 1.0}
+
+    def microseconds(teacher, scores, architectures, **_):
+        return [costs.latency(each) * (pace["cut"] if each != teacher.architecture else 1.0) for each in architectures]
+
+    monkeypatch.setattr(latency, "microseconds", microseconds)
+    return pace
+
+
+def test_rates_are_found_again_from_the_times_of_cuts(llama, scores, clock):
+    assert measured_rates(llama, scores) == pytest.approx(RATES, rel=0.03)  # times are whole microseconds
+
+
+def test_no_rate_is_negative():
+    amounts = [{"step": 1, "layers": n, "ffn": n * f} for n in (2, 4) for f in (100, 200)]
+    times = [100 + 50 * each["layers"] - 0.01 * each["ffn"] for each in amounts]
+    found = fitted(amounts, times)
+    assert min(found.values()) >= 0
+    predicted = [sum(found[name] * amount for name, amount in each.items()) for each in amounts]
+    assert predicted == pytest.approx(times, rel=0.1)
+
+
+@pytest.mark.parametrize("pace", [0.8, 1.0, 1.25])
+def test_the_architecture_is_tuned_until_it_takes_as_long_as_asked(llama, scores, clock, pace):
+    """The cuts are faster or slower than the rates say."""
+    clock["cut"] = pace
+    budget = parse_budget(llama, latency="0.75x", rates=RATES)
+    start = llama.architecture.replace(layers=3)
+    own, whole = latency.microseconds(llama, scores, [tuned(llama, scores, budget, start), llama.architecture])
+    assert own / whole == pytest.approx(0.75, rel=0.025)
+
+
+def test_models_are_timed_in_turns(llama, scores):
+    smaller = llama.architecture.replace(layers=1)
+    small, whole = latency.microseconds(llama, scores, [smaller, llama.architecture])
+    assert 0 < small < whole
+
+
+def test_a_run_with_a_budget_of_time(invoke, whole_model, corpus, tmp_path):
+    flags = small_flags(corpus, tmp_path / "run", budget=("--latency", "0.7x"))
+    result = invoke("search", str(whole_model), *flags)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "run" / "2-candidates.json").read_text())
+    (limit,) = found["budget"]["limits"]
+    assert limit["unit"] == "µs"
+    assert found["candidates"][0]["chosen"]
