@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prunus import architecture, console, cost, hidden, importance, latency, parallel, results, text
 from prunus.budget import LIMITS, parse_budget
+from prunus.checkpoint import Checkpoint, load
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadRecipe
@@ -19,13 +20,14 @@ from prunus.measure import measure, save_statistics, with_leave_one_out
 from prunus.prune import prune
 from prunus.recipe import STAGES, Data, Recipe, Source
 from prunus.report import model_card, write_report
-from prunus.run import BASELINE, TEACHER_CACHE, Run, claim, open_run, write_json
+from prunus.run import BASELINE, TEACHER_CACHE, TOURNAMENT, Run, claim, open_run, write_json
 from prunus.schedule import Settings
 from prunus.scores import save_scores
-from prunus.search import Search, legal_architectures, search
+from prunus.search import Candidate, Search, Standing, legal_architectures, search
 from prunus.selection import check_legal, ranked_layers
 from prunus.source import opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
+from prunus.tournament import tournament
 from prunus.trackers import Track, tracked
 
 FEW_DOCUMENTS = 100
@@ -168,9 +170,39 @@ def _search(run: Run) -> None:
             repair=recipe.prune.repair,
             progress=step,
         )
+    if recipe.search.tokens:
+        found = found.ordered(_tournament(run, found))
     if recipe.latency:
         found = found.with_best(latency.tuned(run.teacher, run.scores, budget, found.best.architecture), budget)
     write_json(run.path("search"), results.searched(found, budget))
+    shutil.rmtree(run.root / TOURNAMENT, ignore_errors=True)
+
+
+def _tournament(run: Run, found: Search) -> dict[int, Standing]:
+    """Train the measured candidates a little. Number of each → how it did, best first."""
+    recipe, folder = run.recipe, run.root / TOURNAMENT
+    numbers = {str(each.architecture): number for number, each in enumerate(found.candidates) if each.measured}
+    students = {name: _candidate(run, found.candidates[number], folder / name) for name, number in numbers.items()}
+    with console.bar("tournament", unit="tokens") as step:
+        standings = tournament(
+            run.teacher,
+            students,
+            run.train,
+            run.validation,
+            to=folder / "rounds",
+            tokens=recipe.search.tokens or 0,
+            settings=Settings(**recipe.distill.hyperparameters()),
+            progress=step,
+        )
+    return {numbers[name]: standing for name, standing in standings.items()}
+
+
+def _candidate(run: Run, candidate: Candidate, to: Path) -> Checkpoint:
+    """Cut and repaired, or as an earlier, killed run left it."""
+    if to.is_dir():
+        return load(to)
+    calibration = run.calibration if run.recipe.prune.repair else None
+    return prune(run.teacher, run.scores, candidate.architecture, to=to, calibration=calibration)
 
 
 def _rates(run: Run) -> dict[str, float]:

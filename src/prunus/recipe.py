@@ -135,6 +135,9 @@ class Search(Section):
 
     candidates: int = Field(4, ge=1, description="architectures that are built, repaired and measured")
     probe_tokens: Count = Field(4096, description="calibration tokens for the repair of each probe and candidate")
+    tokens: Count | None = Field(
+        None, description="training tokens of the finalists, where candidates are trained a little before one is chosen"
+    )
     tolerance: float = Field(0.01, gt=0, le=0.2, description="allowed distance from the budget, as a share of it")
 
 

@@ -207,17 +207,21 @@ def _candidates(report: Report) -> dict[str, Any] | None:
     shown = [c for number, c in enumerate(candidates) if number < CANDIDATES_SHOWN or c["chosen"]]
     rows, more = [_candidate(candidate) for candidate in shown], len(candidates) - len(shown)
     axes = [axis for axis in AXES if axis in shown[0]["architecture"]]
-    return {"axes": axes, "rows": rows, "more": more, "measured": any(c["measured"] for c in candidates)}
+    known = {key: any(candidate.get(key) for candidate in candidates) for key in ("measured", "trained")}
+    return {"axes": axes, "rows": rows, "more": more, **known}
 
 
 def _candidate(candidate: Report) -> dict[str, Any]:
     measured = candidate["measured"] or {}
+    trained = candidate.get("trained") or {"tokens": [None], "losses": [None]}
     return {
         "sizes": [formats.count(candidate["architecture"][axis]) for axis in AXES if axis in candidate["architecture"]],
         "parameters": formats.count(candidate["parameters"]),
         "predicted": formats.number(candidate["predicted_damage"]),
         "loss": formats.number(measured.get("loss")),
         "perplexity": formats.number(measured.get("perplexity")),
+        "tokens": formats.count(trained["tokens"][-1]),
+        "trained": formats.number(trained["losses"][-1]),
         "chosen": candidate["chosen"],
     }
 

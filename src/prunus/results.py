@@ -96,6 +96,7 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
         "parameters": candidate.parameters,
         "predicted_damage": None if damage != damage else damage,
         "measured": None if measured is None else {"loss": measured.loss, "perplexity": measured.perplexity},
+        "trained": None if candidate.trained is None else asdict(candidate.trained),
         "chosen": chosen,
     }
 

@@ -46,6 +46,7 @@ OUTPUTS = {
 }
 BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
+TOURNAMENT = ".tournament"
 DEPENDS_ON = {
     "text": ("model", "data", "distill.tokens", "measure.tokens"),
     "measure": ("uneven", "measure", "distill.seed"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,24 @@ ALIGNMENTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How far a candidate came.
+
+    Attributes:
+        tokens: that it was trained on when it was measured, ascending; the first is 0.
+        losses: on held-out text then, nats per token.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Ascending: who was trained longer is ahead, then who is better."""
+        return -len(self.losses), self.losses[-1]
+
+
+@dataclass(frozen=True)
 class Candidate:
     """An architecture near the budget.
 
@@ -45,12 +63,14 @@ class Candidate:
         parameters: of the whole model, a tied head counted once.
         predicted_damage: nats per token above the teacher, from scores and probes.
         measured: on held-out text after repair, without training; None if it was not built.
+        trained: how it did in a tournament, if it took part in one.
     """
 
     architecture: Architecture
     parameters: int
     predicted_damage: float
     measured: Quality | None = None
+    trained: Standing | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,12 @@ class Search:
     @property
     def best(self) -> Candidate:
         return self.candidates[0]
+
+    def ordered(self, standings: Mapping[int, Standing]) -> Search:
+        """The candidates of these numbers in the order of a tournament, ahead of the others."""
+        first = [replace(self.candidates[number], trained=standing) for number, standing in standings.items()]
+        rest = [candidate for number, candidate in enumerate(self.candidates) if number not in standings]
+        return replace(self, candidates=[*first, *rest])
 
     def with_best(self, architecture: Architecture, budget: Budget) -> Search:
         """Another architecture ahead of the candidates, next to the best of them."""

@@ -1,0 +1,156 @@
+"""Candidates trained a little, the worse half dropped, and so on: rankings before any training mislead.
+
+Minitron (arXiv:2407.14679) trains all of its candidates equally long; successive halving (arXiv:1502.07943)
+spends most on those that are still in question. All learn from one cache of the teacher.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from prunus import hardware
+from prunus.checkpoint import Checkpoint, load
+from prunus.distill import Progress, distill
+from prunus.evaluate import quality
+from prunus.files import atomic_file
+from prunus.schedule import Settings
+from prunus.search import Standing
+from prunus.teacher import describe, write_cache
+from prunus.text import Blocks
+
+STANDINGS = "standings.json"
+
+
+def rounds(candidates: int, tokens: int) -> list[tuple[int, int]]:
+    """Of each round how many candidates take part, and the tokens that each is trained on, in all, at its end.
+
+    The number halves from round to round, down to two, and the tokens double.
+    """
+    counts = [candidates]
+    while counts[-1] > 2:
+        counts.append(-(-counts[-1] // 2))
+    return [(count, tokens // 2 ** (len(counts) - 1 - place)) for place, count in enumerate(counts)]
+
+
+def tournament(
+    teacher: Checkpoint,
+    candidates: Mapping[str, Checkpoint],
+    blocks: Blocks,
+    heldout: Blocks,
+    *,
+    to: Path,
+    tokens: int,
+    settings: Settings | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Standing]:
+    """Name → standing, best first.
+
+    Args:
+        candidates: cut and repaired students.
+        blocks: training text; each round goes on where the one before it ended.
+        heldout: what they are ranked by.
+        to: folder for the cache, the students and the standings so far. A killed tournament goes on from there; at the
+            end the standings alone are left.
+        tokens: that the finalists are trained on.
+        settings: of the training; the learning rate stays at its peak, because every round goes on with the next.
+        progress: called with the tokens trained on, of all candidates together, and in all.
+    """
+    settings = replace(settings or Settings(), schedule="constant", evaluate_every=0)
+    plan = rounds(len(candidates), tokens)
+    starts = [0, *(end for _, end in plan)]
+    total = sum(count * (end - start) for (count, end), start in zip(plan, starts, strict=False))
+    book = _Book(to, _key(teacher, candidates, blocks, heldout, tokens, settings))
+    models, done = dict(candidates), 0
+    for name, model in candidates.items():
+        if name not in book.standings:
+            book.note(name, 0, _loss(model, heldout))
+    for number, (count, end) in enumerate(plan):
+        text = _between(blocks, starts[number], end)
+        train = _Round(teacher, text, to / f"{number + 1}-cache", replace(settings, tokens=text.num_tokens))
+        for name in book.best(number)[:count]:
+            if len(book.standings[name].losses) == number + 1:
+                report = functools.partial(_add, progress, done, total)
+                models[name] = train(models[name], to / f"{number + 1}-{name}", report)
+                book.note(name, end, _loss(models[name], heldout))
+            elif (to / f"{number + 1}-{name}").is_dir():  # of a killed tournament
+                models[name] = load(to / f"{number + 1}-{name}")
+            done += end - starts[number]
+            progress(done, total)
+    for left in (path for path in to.iterdir() if path.is_dir()):
+        shutil.rmtree(left)
+    return dict(sorted(book.standings.items(), key=lambda item: item[1].rank))
+
+
+class _Book:
+    """The standings so far, in memory and on disk; those of another tournament are thrown away with all it left."""
+
+    def __init__(self, to: Path, key: str) -> None:
+        self.file, self.key = to / STANDINGS, key
+        if self.file.is_file() and json.loads(self.file.read_text())["key"] != key:
+            shutil.rmtree(to)
+        to.mkdir(parents=True, exist_ok=True)
+        found = json.loads(self.file.read_text())["standings"] if self.file.is_file() else {}
+        self.standings = {name: Standing(**values) for name, values in found.items()}
+
+    def best(self, number: int) -> list[str]:
+        """Who is ahead after a round, of those that took part in it."""
+        there = [name for name, standing in self.standings.items() if len(standing.losses) > number]
+        return sorted(there, key=lambda name: (self.standings[name].losses[number], name))
+
+    def note(self, name: str, tokens: int, loss: float) -> None:
+        before = self.standings.get(name, Standing())
+        self.standings[name] = Standing([*before.tokens, tokens], [*before.losses, loss])
+        found = {name: asdict(standing) for name, standing in self.standings.items()}
+        with atomic_file(self.file) as partial:
+            partial.write_text(json.dumps({"key": self.key, "standings": found}, indent=1))
+
+
+def _key(
+    teacher: Checkpoint,
+    candidates: Mapping[str, Checkpoint],
+    blocks: Blocks,
+    heldout: Blocks,
+    tokens: int,
+    settings: Settings,
+) -> str:
+    """Names what a tournament's results depend on."""
+    models = {name: model.fingerprint for name, model in candidates.items()}
+    texts = [blocks.fingerprint, heldout.fingerprint]
+    parts = json.dumps([teacher.fingerprint, models, texts, tokens, asdict(settings)])
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A stretch of text that candidates learn, from a cache that is written when the first of them needs it."""
+
+    teacher: Checkpoint
+    text: Blocks
+    cache: Path
+    settings: Settings
+
+    def __call__(self, student: Checkpoint, to: Path, progress: Callable[[Progress], None]) -> Checkpoint:
+        if to.is_dir():  # a killed tournament did not come to measure it
+            return load(to)
+        cache = write_cache(self.teacher, self.text, describe(self.teacher, self.text), to=self.cache)
+        return distill(student, cache, self.text, to=to, settings=self.settings, progress=progress)
+
+
+def _add(progress: Callable[[int, int], None], done: int, total: int, at: Progress) -> None:
+    progress(done + at.tokens, total)
+
+
+def _between(blocks: Blocks, start: int, end: int) -> Blocks:
+    """The text of these tokens; from its beginning again where it is too short."""
+    first, last = start // blocks.block_size, max(end // blocks.block_size, start // blocks.block_size + 1)
+    return blocks.select([place % len(blocks) for place in range(first, last)])
+
+
+def _loss(model: Checkpoint, heldout: Blocks) -> float:
+    return quality(hardware.place(model.module(), device=hardware.device()), heldout).loss

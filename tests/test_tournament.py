@@ -1,0 +1,114 @@
+"""Candidates trained a little: who is dropped when, what it costs, and a kill on the way."""
+
+import itertools
+import json
+import math
+import shutil
+
+import pytest
+from conftest import add_tokenizer, small_flags
+from transformers import AutoTokenizer
+
+from prunus import tournament as module
+from prunus.documents import documents
+from prunus.errors import Stopped
+from prunus.importance import score
+from prunus.measure import measure
+from prunus.prune import prune
+from prunus.schedule import Settings
+from prunus.text import tokenise
+from prunus.tournament import STANDINGS, rounds, tournament
+
+
+@pytest.mark.parametrize(("candidates", "tokens"), [(2, 1000), (3, 1000), (4, 32_000), (12, 100_000), (16, 64_000)])
+def test_the_field_halves_while_the_text_doubles(candidates, tokens):
+    plan = rounds(candidates, tokens)
+    assert plan[0][0] == candidates
+    assert plan[-1] == (2, tokens)
+    for (count, end), (next_count, next_end) in itertools.pairwise(plan):
+        assert next_count == math.ceil(count / 2)
+        assert next_end == 2 * end
+
+
+def test_twelve_candidates_cost_a_third_of_training_all():
+    plan = rounds(12, 100_000)
+    starts = [0, *(end for _, end in plan)]
+    spent = sum(count * (end - start) for (count, end), start in zip(plan, starts, strict=False))
+    assert spent <= 0.35 * 12 * 100_000
+
+
+@pytest.fixture(scope="module")
+def text(llama, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    add_tokenizer(folder)
+    add_tokenizer(llama.folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenise(documents(str(corpus)), tokenizer, block_size=32, to=folder / "text", label="test")
+
+
+@pytest.fixture(scope="module")
+def candidates(llama, text, tmp_path_factory):
+    folder, scores = tmp_path_factory.mktemp("candidates"), score(measure(llama, text.head(8)))
+    sizes = {"deep": {"ffn": 8}, "wide": {"layers": 2}, "tiny": {"layers": 1, "ffn": 4}}
+    return {
+        name: prune(llama, scores, llama.architecture.replace(**own), to=folder / name) for name, own in sizes.items()
+    }
+
+
+def play(teacher, candidates, text, folder):
+    settings = Settings(batch_tokens=128, learning_rate=1e-3)
+    heldout = text.select(range(8))
+    return tournament(
+        teacher, candidates, text.select(range(8, 200)), heldout, to=folder, tokens=1024, settings=settings
+    )
+
+
+def test_the_best_of_those_trained_longest_is_first(llama, candidates, text, tmp_path):
+    standings = play(llama, candidates, text, tmp_path / "rounds")
+    lengths = [len(standing.losses) for standing in standings.values()]
+    assert lengths == [3, 3, 2]
+    first, second, _ = standings.values()
+    assert first.losses[-1] <= second.losses[-1]
+    assert first.tokens == [0, 512, 1024]
+    assert all(standing.losses[1] < standing.losses[0] for standing in standings.values())
+    assert [path.name for path in (tmp_path / "rounds").iterdir()] == [STANDINGS]
+
+
+def test_a_killed_tournament_ends_with_the_same_standings(llama, candidates, text, tmp_path, monkeypatch):
+    undisturbed = play(llama, candidates, text, tmp_path / "one")
+    trained, distill = [], module.distill
+
+    def killed(*args, **kwargs):
+        if len(trained) == 3:
+            raise Stopped("killed")
+        trained.append(kwargs["to"])
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(module, "distill", killed)
+    with pytest.raises(Stopped):
+        play(llama, candidates, text, tmp_path / "two")
+    assert len(trained) == 3
+    monkeypatch.setattr(module, "distill", distill)
+    assert play(llama, candidates, text, tmp_path / "two") == undisturbed
+    assert play(llama, candidates, text, tmp_path / "two") == undisturbed  # nothing is trained again
+    assert list(undisturbed) == list(play(llama, candidates, text, tmp_path / "two"))
+
+
+def test_standings_of_other_candidates_are_not_taken_up(llama, candidates, text, tmp_path):
+    play(llama, candidates, text, tmp_path / "rounds")
+    fewer = {name: candidates[name] for name in ("deep", "tiny")}
+    standings = play(llama, fewer, text, tmp_path / "rounds")
+    assert standings.keys() == fewer.keys()
+
+
+def test_a_run_with_a_tournament(invoke, whole_model, corpus, tmp_path):
+    flags = [*small_flags(corpus, tmp_path / "run"), "--set", "search.tokens=512"]
+    result = invoke("search", str(whole_model), *flags)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "run" / "2-candidates.json").read_text())["candidates"]
+    trained = [candidate for candidate in found if candidate["trained"]]
+    assert len(trained) == 2
+    assert trained[0]["chosen"]
+    assert trained[0]["trained"]["losses"][-1] <= trained[1]["trained"]["losses"][-1]
+    assert not (tmp_path / "run" / ".tournament").exists()
+    shutil.rmtree(tmp_path / "run")
