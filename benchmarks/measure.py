@@ -15,7 +15,8 @@ from turns import timed
 
 import prunus as pr
 from prunus import hardware, text
-from prunus.measure import leave_one_out, measure
+from prunus.depth import leave_one_out
+from prunus.measure import measure
 from prunus.source import in_memory
 
 ROUNDS = 3

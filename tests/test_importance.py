@@ -7,9 +7,10 @@ import torch
 from conftest import RandomBlocks, tiny_model
 
 from prunus.checkpoint import load
+from prunus.depth import with_iterative, with_leave_one_out
 from prunus.errors import BadRecipe
 from prunus.importance import AGGREGATIONS, TABLE, aggregate, score
-from prunus.measure import Statistics, measure, with_leave_one_out
+from prunus.measure import Statistics, measure
 from prunus.scores import load_scores, save_scores
 
 
@@ -44,7 +45,8 @@ _STATISTICS = {}
 
 def statistics_of(teacher, blocks):
     if teacher.folder not in _STATISTICS:
-        _STATISTICS[teacher.folder] = with_leave_one_out(teacher, measure(teacher, blocks, grams=True), blocks)
+        found = with_leave_one_out(teacher, measure(teacher, blocks, grams=True), blocks)
+        _STATISTICS[teacher.folder] = with_iterative(teacher, found, blocks)
     return _STATISTICS[teacher.folder]
 
 

@@ -9,8 +9,9 @@ from conftest import for_each_kind
 
 from prunus import experts, hardware
 from prunus.anatomy import layers_of
+from prunus.depth import iterative, leave_one_out
 from prunus.layerwise import Returned, branches_of, gram, has
-from prunus.measure import inverse_diagonal, leave_one_out, load_statistics, measure, save_statistics
+from prunus.measure import inverse_diagonal, load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
 from prunus.weight_norms import HEADS
 
@@ -143,6 +144,26 @@ def test_leave_one_out_equals_running_the_model_without_each_layer(teacher, bloc
     assert whole == pytest.approx(naive(None), rel=1e-5)
     for layer, loss in enumerate(losses):
         assert float(loss) == pytest.approx(naive(layer), rel=1e-4)
+
+
+def test_without_layers_that_are_gone_it_is_a_smaller_model(llama, blocks):
+    whole, losses = leave_one_out(llama, blocks)
+    again, fewer = leave_one_out(llama, blocks, without=[1])
+    assert again == pytest.approx(float(losses[1]), rel=1e-6)
+    assert fewer.isnan().tolist() == [False, True, False, False]
+    assert whole not in (again, *fewer.tolist())
+
+
+def test_layers_leave_in_the_order_of_what_each_costs_then(llama, blocks):
+    rises = iterative(llama, blocks)
+    whole, losses = leave_one_out(llama, blocks)
+    first = int(losses.argmin())
+    _, second_losses = leave_one_out(llama, blocks, without=[first])
+    second = int(second_losses.nan_to_num(float("inf")).argmin())
+    order = rises.argsort().tolist()
+    assert order[:2] == [first, second]
+    assert len(set(rises.tolist())) == len(rises)
+    assert float(rises[first]) == pytest.approx(max(float(losses[first]) - whole, 1e-6), rel=1e-3)
 
 
 def test_gram_is_exact_in_both_types():

@@ -131,6 +131,14 @@ def leave_one_out(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     return stats.sums["leave_one_out"]
 
 
+def iterative(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L]: rise of the loss when the layer leaves, after those that leave before it; the greedy removal with new scores
+    after each layer. Source: Minitron, arXiv:2407.14679 (iterative importance)."""
+    if "iterative" not in stats.sums:
+        raise BadRecipe("score layers=iterative needs the losses of its removals (recipe: measure.iterative: true)")
+    return stats.sums["iterative"]
+
+
 def reap(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L, E]: mean of w‖y‖ over the tokens that an expert was sent, w the router's weight and y its output; 0 if it was
     sent none. Source: REAP (router-weighted expert activation pruning), arXiv:2510.13999."""
@@ -176,7 +184,12 @@ NEURONS: Mapping[str, Score] = {
 LATENT: Mapping[str, Score] = {"energy": energy, "magnitude": magnitude, "random": random}
 
 TABLE: Mapping[str, Mapping[str, Score]] = {
-    "layers": {"block_influence": block_influence, "leave_one_out": leave_one_out, "random": random},
+    "layers": {
+        "block_influence": block_influence,
+        "leave_one_out": leave_one_out,
+        "iterative": iterative,
+        "random": random,
+    },
     "hidden": {"energy": energy, "norm_output": norm_output, "magnitude": magnitude, "random": random},
     "ffn": NEURONS,
     "heads": {"output": head_output, "magnitude": magnitude, "random": random},

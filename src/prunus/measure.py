@@ -8,19 +8,17 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from prunus import experts, hardware, layerwise
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.families import Family
-from prunus.head import head_of
 from prunus.layerwise import TokenBlocks
 from prunus.scores import load_tensors, save_tensors
 from prunus.source import Source, opened
@@ -315,70 +313,6 @@ def inverse_diagonal(gram_FF: Tensor, *, damping: float = 0.01) -> Tensor:
         solved = torch.linalg.solve_triangular(factor_FF[start:, start:], columns, upper=False)
         squared_F[start:stop] = solved.square_().sum(0)
     return squared_F
-
-
-@torch.no_grad()
-def leave_one_out(
-    teacher: Checkpoint,
-    blocks: TokenBlocks,
-    *,
-    source: Source | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[float, Tensor]:
-    """Loss of the teacher, and with each layer removed.
-
-    Layer-major: the variants "without layer j", j ≤ i, go through layer i together with the whole model, so weights
-    are read once and the shared prefix is computed once: L²/2 layer passes instead of L².
-
-    Returns:
-        loss of the whole model, and float32 [L] losses, nats per predicted token.
-    """
-    source, count = source or opened(teacher), teacher.architecture.layers
-    total, counted = torch.zeros(count + 1, dtype=torch.float64), 0
-    with source.outer():
-        whole = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
-    variants: list[list[Tensor]] = [[] for _ in whole]
-    for number, layer in enumerate(source.layers()):
-        for batch, streams in zip(whole, variants, strict=True):
-            inputs = batch.layer_inputs[number]
-            streams[:] = [layerwise.run_layer(layer, stream, inputs) for stream in streams]
-            streams.append(batch.stream_BSH)
-            batch.stream_BSH = layerwise.run_layer(layer, batch.stream_BSH, inputs)
-        progress(number + 1, count)
-    family, model = teacher.family, source.model
-    with source.filled(family.final_norm) as norm, source.filled(family.head):
-        for place, (batch, streams) in enumerate(zip(whole, variants, strict=True)):
-            start = place * BATCH_BLOCKS
-            indices = list(range(start, start + len(batch.stream_BSH)))
-            tokens_BS, positions_BS = (part.to(batch.stream_BSH.device) for part in blocks.batch(indices))
-            targets_BS = positions_BS[:, 1:] == positions_BS[:, :-1] + 1
-            counted += int(targets_BS.sum())
-            for variant, stream in enumerate([*streams, batch.stream_BSH]):
-                hidden_NH = norm(stream)[:, :-1][targets_BS]
-                total[variant] += _summed_loss(model, hidden_NH, tokens_BS[:, 1:][targets_BS])
-    losses = total / counted
-    return float(losses[-1]), losses[:-1].float()
-
-
-def with_leave_one_out(
-    teacher: Checkpoint,
-    statistics: Statistics,
-    blocks: TokenBlocks,
-    *,
-    source: Source | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Statistics:
-    """The statistics with the rise of the loss per removed layer, for the score layers=leave_one_out."""
-    whole, losses = leave_one_out(teacher, blocks, source=source, progress=progress)
-    return replace(statistics, sums={**statistics.sums, "leave_one_out": losses - whole})
-
-
-def _summed_loss(model: PreTrainedModel, hidden_NH: Tensor, labels_N: Tensor, *, chunk_tokens: int = 256) -> float:
-    """Σ cross-entropy, the logits a chunk at a time in float32."""
-    total = 0.0
-    for hidden, labels in zip(hidden_NH.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True):
-        total += float(F.cross_entropy(head_of(model).logits(hidden), labels, reduction="sum"))
-    return total
 
 
 def save_statistics(statistics: Statistics, to: Path) -> None:

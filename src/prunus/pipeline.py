@@ -12,11 +12,12 @@ from pathlib import Path
 from prunus import architecture, console, cost, hidden, importance, latency, parallel, results, text
 from prunus.budget import LIMITS, parse_budget
 from prunus.checkpoint import Checkpoint, load
+from prunus.depth import with_iterative, with_leave_one_out
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadRecipe
 from prunus.files import atomic_file
-from prunus.measure import measure, save_statistics, with_leave_one_out
+from prunus.measure import measure, save_statistics
 from prunus.prune import prune
 from prunus.recipe import STAGES, Data, Recipe, Source
 from prunus.report import model_card, write_report
@@ -137,9 +138,13 @@ def _measure(run: Run) -> None:
     source = opened(run.teacher)
     with console.bar("layers", unit="layers") as step:
         statistics = measure(run.teacher, run.calibration, source=source, grams=options.grams, progress=step)
-    if options.leave_one_out:
-        with console.bar("leaving one out", unit="layers") as step:
-            statistics = with_leave_one_out(run.teacher, statistics, run.validation, source=source, progress=step)
+    for wanted, name, add in (
+        (options.leave_one_out, "leaving one out", with_leave_one_out),
+        (options.iterative, "leaving one after another", with_iterative),
+    ):
+        if wanted:
+            with console.bar(name, unit="layers") as step:
+                statistics = add(run.teacher, statistics, run.validation, source=source, progress=step)
     save_statistics(statistics, run.path("measure"))
 
 

@@ -90,6 +90,9 @@ class Measure(Section):
     tokens: Count = Field(32768, description="calibration tokens, from the training text")
     grams: bool = Field(True, description="also Gram matrices, which the score ffn=reconstruction needs")
     leave_one_out: bool = Field(False, description="also the loss without each layer (layers=leave_one_out)")
+    iterative: bool = Field(
+        False, description="also layer after layer leaving, each time the least missed one (layers=iterative)"
+    )
 
 
 def _one_of(axis: str) -> Any:
@@ -246,8 +249,9 @@ class Recipe(Section):
         mistake = _budget_mistake(vars(self))
         if mistake is None and self.score.ffn == "reconstruction" and not self.measure.grams:
             mistake = "score.ffn: reconstruction needs measure.grams: true, or choose another score"
-        if mistake is None and self.score.layers == "leave_one_out" and not self.measure.leave_one_out:
-            mistake = "score.layers: leave_one_out needs measure.leave_one_out: true, or choose another score"
+        for score in ("leave_one_out", "iterative"):
+            if mistake is None and self.score.layers == score and not getattr(self.measure, score):
+                mistake = f"score.layers: {score} needs measure.{score}: true, or choose another score"
         if mistake is None and self.distill.on_policy_share and self.distill.teacher_cache:
             mistake = (
                 "distill.on_policy_share: a cache knows nothing of text that is yet to be written; drop teacher_cache"
