@@ -1,5 +1,6 @@
 """Time per token from models that were timed: rates from sums, and an architecture that takes as long as asked."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from prunus.importance import score
 from prunus.latency import fitted, measured_rates, tuned
 from prunus.measure import measure
 
-RATES = {"step": 500.0, "layers": 100.0, "attention": 0.1, "ffn": 0.05, "head": 0.02}
+RATES = {"step": 500.0, "layers": 100.0, "head": 0.2, "cached": 1.0, "looking": 20.0, "attention": 0.1, "ffn": 0.05}
 
 
 @pytest.fixture
@@ -33,7 +34,11 @@ def clock(monkeypatch, llama):
 
 
 def test_rates_are_found_again_from_the_times_of_cuts(llama, scores, clock):
-    assert measured_rates(llama, scores) == pytest.approx(RATES, rel=0.03)  # times are whole microseconds
+    found, costs = measured_rates(llama, scores), parse_budget(llama, params="1x").costs
+    for sizes in ({}, {"layers": 3, "ffn": 20}, {"heads": 2, "kv_heads": 1}, {"hidden": 24, "ffn": 10, "layers": 2}):
+        target = llama.architecture.replace(**sizes)
+        predicted, real = (dataclasses.replace(costs, rates=rates).latency(target) for rates in (found, RATES))
+        assert predicted == pytest.approx(real, rel=0.05)
 
 
 def test_no_rate_is_negative():

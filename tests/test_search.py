@@ -11,7 +11,7 @@ from prunus.measure import measure
 from prunus.search import legal_architectures, lost_share, search
 from prunus.selection import illegal_cut
 
-RATES = {"step": 500.0, "layers": 100.0, "attention": 0.1, "ffn": 0.05, "head": 0.02}
+RATES = {"step": 500.0, "layers": 100.0, "head": 0.02, "cached": 1.0, "looking": 20.0, "attention": 0.1, "ffn": 0.05}
 """Microseconds of each part."""
 
 

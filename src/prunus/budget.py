@@ -57,11 +57,14 @@ class Costs:
         return round(sum(self.rates[name] * amount for name, amount in self.amounts(architecture).items()))
 
     def amounts(self, architecture: Architecture) -> dict[str, int]:
-        """What the time of a token is made of: the step itself, layers, and the weights that they and the head read."""
+        """What the time of a token is made of: the step itself, layers, the weights that they and the head read, and of
+        an earlier token the keys and values that are read, and the heads that look at it."""
         parts = cost.count(self.shapes, architecture, active=True)
         read = {branch.name: parts[branch.name] for branch in self.family.branches if branch.name in parts}
         head = parts.get("head") or architecture.vocab * architecture.hidden
-        return {"step": 1, "layers": architecture.layers, "head": head, **read}
+        cached = cost.kv_bytes_per_token(self.family, self.shapes, architecture, bytes_per_value=1)
+        looking = cost.attending(self.shapes, architecture) * architecture.get("heads", 0)
+        return {"step": 1, "layers": architecture.layers, "head": head, "cached": cached, "looking": looking, **read}
 
 
 @dataclass(frozen=True)

@@ -130,17 +130,17 @@ def flops_per_token(family: Family, shapes: Shapes, architecture: Architecture, 
     groups = count(shapes, architecture, active=True)
     head = groups.get("head") or architecture.vocab * architecture.hidden
     per_layer = architecture.get("heads", 0) * architecture.get("head_dim", 0)
-    attention = 2 * _attending(shapes, architecture) * per_layer * context
+    attention = 2 * attending(shapes, architecture) * per_layer * context
     return 2 * (sum(groups.get(branch.name, 0) for branch in family.branches) + head + attention)
 
 
 def kv_bytes_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, bytes_per_value: int = 2) -> int:
     """Of the cache that generation keeps; what Mamba layers keep does not grow with the tokens."""
-    layers = _attending(shapes, architecture)
+    layers = attending(shapes, architecture)
     return layers * dims.size(family.cached, architecture) * bytes_per_value if layers else 0
 
 
-def _attending(shapes: Shapes, architecture: Architecture) -> int:
+def attending(shapes: Shapes, architecture: Architecture) -> int:
     """Layers with attention."""
     having = ["attention" in kind for kind in shapes.kinds]
     return sum(having[kind] for kind in shapes.order[: architecture.layers])
