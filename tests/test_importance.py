@@ -7,7 +7,7 @@ import torch
 from conftest import RandomBlocks, tiny_model
 
 from prunus.checkpoint import load
-from prunus.depth import with_iterative, with_leave_one_out
+from prunus.depth import KINDS, with_depth
 from prunus.errors import BadRecipe
 from prunus.importance import AGGREGATIONS, TABLE, aggregate, score
 from prunus.measure import Statistics, measure
@@ -45,8 +45,10 @@ _STATISTICS = {}
 
 def statistics_of(teacher, blocks):
     if teacher.folder not in _STATISTICS:
-        found = with_leave_one_out(teacher, measure(teacher, blocks, grams=True), blocks)
-        _STATISTICS[teacher.folder] = with_iterative(teacher, found, blocks)
+        found = measure(teacher, blocks, grams=True)
+        for kind in KINDS:
+            found = with_depth(kind, teacher, found, blocks)
+        _STATISTICS[teacher.folder] = found
     return _STATISTICS[teacher.folder]
 
 

@@ -104,7 +104,24 @@ def iterative(
     return torch.where(rises_L.isnan(), rest_L.clamp_min(least * ABOVE), rises_L)
 
 
-def with_leave_one_out(
+def rises(
+    teacher: Checkpoint,
+    blocks: TokenBlocks,
+    *,
+    source: Source | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """float32 [L]: rise of the loss when a layer alone leaves."""
+    whole, losses_L = leave_one_out(teacher, blocks, source=source, progress=progress)
+    return losses_L - whole
+
+
+KINDS = {"leave_one_out": rises, "iterative": iterative}
+"""What `with_depth` adds, by the name of the score that is made from it."""
+
+
+def with_depth(
+    kind: str,
     teacher: Checkpoint,
     statistics: Statistics,
     blocks: TokenBlocks,
@@ -112,22 +129,9 @@ def with_leave_one_out(
     source: Source | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
-    """The statistics with the rise of the loss per removed layer, for the score layers=leave_one_out."""
-    whole, losses = leave_one_out(teacher, blocks, source=source, progress=progress)
-    return replace(statistics, sums={**statistics.sums, "leave_one_out": losses - whole})
-
-
-def with_iterative(
-    teacher: Checkpoint,
-    statistics: Statistics,
-    blocks: TokenBlocks,
-    *,
-    source: Source | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Statistics:
-    """The statistics with what layers=iterative is made of."""
-    rises = iterative(teacher, blocks, source=source, progress=progress)
-    return replace(statistics, sums={**statistics.sums, "iterative": rises})
+    """The statistics with what one of the scores of layers in `KINDS` needs."""
+    found = KINDS[kind](teacher, blocks, source=source, progress=progress)
+    return replace(statistics, sums={**statistics.sums, kind: found})
 
 
 def _summed_loss(model: PreTrainedModel, hidden_NH: Tensor, labels_N: Tensor, *, chunk_tokens: int = 256) -> float:

@@ -9,10 +9,9 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, hidden, importance, latency, parallel, results, text
+from prunus import architecture, console, cost, depth, hidden, importance, latency, parallel, results, text
 from prunus.budget import LIMITS, parse_budget
 from prunus.checkpoint import Checkpoint, load
-from prunus.depth import with_iterative, with_leave_one_out
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadRecipe
@@ -138,13 +137,12 @@ def _measure(run: Run) -> None:
     source = opened(run.teacher)
     with console.bar("layers", unit="layers") as step:
         statistics = measure(run.teacher, run.calibration, source=source, grams=options.grams, progress=step)
-    for wanted, name, add in (
-        (options.leave_one_out, "leaving one out", with_leave_one_out),
-        (options.iterative, "leaving one after another", with_iterative),
-    ):
-        if wanted:
-            with console.bar(name, unit="layers") as step:
-                statistics = add(run.teacher, statistics, run.validation, source=source, progress=step)
+    for kind in depth.KINDS:
+        if getattr(options, kind):
+            with console.bar(kind.replace("_", " "), unit="layers") as step:
+                statistics = depth.with_depth(
+                    kind, run.teacher, statistics, run.validation, source=source, progress=step
+                )
     save_statistics(statistics, run.path("measure"))
 
 
