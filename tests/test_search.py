@@ -72,6 +72,12 @@ def test_of_several_limits_all_hold_and_one_is_used_up(llama):
         assert cost.parameters(llama.family, llama.layout, target) <= 1.01 * 0.9 * llama.parameters
 
 
+def test_neurons_that_no_limit_counts_all_stay(llama):
+    found = legal_architectures(llama.family, llama.architecture, parse_budget(llama, kv_cache="0.67x"))
+    assert {target.ffn for target in found} == {llama.architecture.ffn}
+    assert llama.architecture.hidden in {target.hidden for target in found}
+
+
 def test_the_limit_that_cannot_be_kept_is_named(llama):
     budget = parse_budget(llama, params="0.9x", kv_cache="0.01x")
     with pytest.raises(BudgetUnreachable, match=r"^kv_cache 0\.01x is [\d,]+, but the smallest legal model"):

@@ -240,8 +240,8 @@ def _filled(
         (((1 - rest) / per_neuron, per_neuron) for rest, per_neuron in zip(fixed, each, strict=True) if per_neuron),
         default=(math.inf, 0.0),
     )
-    if not per_neuron:  # none of the layers that stay has any
-        return [base]
+    if not per_neuron:  # no limit counts them, or none of the layers that stay has any
+        return [base.replace(**{filler: teacher[filler]})]
     if room < 1:
         return []
     least = _least(filler, family, teacher)
