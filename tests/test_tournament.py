@@ -55,8 +55,8 @@ def candidates(llama, text, tmp_path_factory):
     }
 
 
-def play(teacher, candidates, text, folder):
-    settings = Settings(batch_tokens=128, learning_rate=1e-3)
+def play(teacher, candidates, text, folder, **changes):
+    settings = Settings(**{"batch_tokens": 128, "learning_rate": 1e-3} | changes)
     heldout = text.select(range(8))
     return tournament(
         teacher, candidates, text.select(range(8, 200)), heldout, to=folder, tokens=1024, settings=settings
@@ -92,6 +92,20 @@ def test_a_killed_tournament_ends_with_the_same_standings(llama, candidates, tex
     assert play(llama, candidates, text, tmp_path / "two") == undisturbed
     assert play(llama, candidates, text, tmp_path / "two") == undisturbed  # nothing is trained again
     assert list(undisturbed) == list(play(llama, candidates, text, tmp_path / "two"))
+
+
+def test_what_samples_cannot_teach_is_left_to_the_training_proper(llama, candidates, text, tmp_path):
+    needs_the_teacher = {"divergence": "reverse_kl", "temperature": 2.0, "hidden_loss": "mse", "on_policy_share": 0.5}
+    plain, other = (
+        play(llama, candidates, text, tmp_path / name, **changes)
+        for name, changes in (("plain", {}), ("other", needs_the_teacher))
+    )
+    assert plain == other
+
+
+def test_a_step_is_no_longer_than_a_round(llama, candidates, text, tmp_path):
+    standings = play(llama, candidates, text, tmp_path / "rounds", batch_tokens=100_000)
+    assert [len(standing.losses) for standing in standings.values()] == [3, 3, 2]
 
 
 def test_standings_of_other_candidates_are_not_taken_up(llama, candidates, text, tmp_path):

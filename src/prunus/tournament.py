@@ -1,7 +1,7 @@
 """Candidates trained a little, the worse half dropped, and so on: rankings before any training mislead.
 
 Minitron (arXiv:2407.14679) trains all of its candidates equally long; successive halving (arXiv:1502.07943)
-spends most on those that are still in question. All learn from one cache of the teacher.
+spends most on those that are still in question. The teacher runs over each stretch of text once, for all of them.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ def tournament(
         to: folder for the cache, the students and the standings so far. A killed tournament goes on from there; at the
             end the standings alone are left.
         tokens: that the finalists are trained on.
-        settings: of the training; the learning rate stays at its peak, because every round goes on with the next.
+        settings: of the training, as far as samples of the teacher can teach: always forward KL on the text. The
+            learning rate stays at its peak, because every round goes on with the next.
         progress: called with the tokens trained on, of all candidates together, and in all.
     """
-    settings = replace(settings or Settings(), schedule="constant", evaluate_every=0)
+    settings = _of_samples(settings or Settings())
     plan = rounds(len(candidates), tokens)
     starts = [0, *(end for _, end in plan)]
     total = sum(count * (end - start) for (count, end), start in zip(plan, starts, strict=False))
@@ -72,7 +73,9 @@ def tournament(
             book.note(name, 0, _loss(model, heldout))
     for number, (count, end) in enumerate(plan):
         text = _between(blocks, starts[number], end)
-        train = _Round(teacher, text, to / f"{number + 1}-cache", replace(settings, tokens=text.num_tokens))
+        batch = settings.batch_tokens and min(settings.batch_tokens, text.num_tokens)
+        own = replace(settings, tokens=text.num_tokens, batch_tokens=batch)
+        train = _Round(teacher, text, to / f"{number + 1}-cache", own)
         for name in book.best(number)[:count]:
             if len(book.standings[name].losses) == number + 1:
                 report = functools.partial(_add, progress, done, total)
@@ -85,6 +88,20 @@ def tournament(
     for left in (path for path in to.iterdir() if path.is_dir()):
         shutil.rmtree(left)
     return dict(sorted(book.standings.items(), key=lambda item: item[1].rank))
+
+
+def _of_samples(settings: Settings) -> Settings:
+    """Without what needs the teacher itself, and without an end of the training."""
+    return replace(
+        settings,
+        schedule="constant",
+        divergence="forward_kl",
+        temperature=1.0,
+        hidden_loss=None,
+        on_policy_share=0.0,
+        evaluate_every=0,
+        patience=0,
+    )
 
 
 class _Book:
