@@ -7,9 +7,8 @@ vLLM its config.
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 CODE_NAME = "modeling_decilm"
 """Of this file in a checkpoint, without its suffix."""
@@ -111,9 +110,11 @@ def folded(config: DeciLMConfig) -> DeciLMConfig:
 class DeciLMDecoderLayer(LlamaDecoderLayer):
     """x ← x + attention(norm(x)), x ← x + FFN(norm(x)), each where the layer has it."""
 
-    def __init__(self, config: DeciLMConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        block = (config.block_configs or [])[layer_idx]
+    attends: bool
+    feeds: bool
+
+    def keep(self, block: dict[str, Any]) -> None:
+        """Let go of what the layer does not have."""
         self.attends, self.feeds = not block["attention"]["no_op"], not block["ffn"]["no_op"]
         if not self.attends:
             del self.self_attn, self.input_layernorm
@@ -129,19 +130,12 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
         return hidden_states
 
 
-class DeciLMModel(LlamaModel):
-    config_class = DeciLMConfig
-
-    def __init__(self, config: DeciLMConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList([DeciLMDecoderLayer(config, number) for number in range(config.num_hidden_layers)])
-        self.post_init()
-
-
 class DeciLMForCausalLM(LlamaForCausalLM):
     config_class = DeciLMConfig
 
     def __init__(self, config: DeciLMConfig) -> None:
         super().__init__(config)
-        self.model = DeciLMModel(config)
-        self.post_init()
+        # Llama's own layers, turned into these: to make them anew would draw all weights twice.
+        for layer, block in zip(self.model.layers, config.block_configs or [], strict=True):
+            layer.__class__ = DeciLMDecoderLayer
+            layer.keep(block)
