@@ -156,12 +156,12 @@ def check_amount(text: str, suffixes: Mapping[str, int] = SUFFIXES) -> str:
     """The text, if it is a share such as `0.7x` or a quantity such as `95M`. Raises ValueError."""
     if parse_share(text) is not None:
         return text
+    if re.fullmatch(r"\s*0?\.[0-9]*[1-9][0-9]*\s*", text):
+        raise ValueError(f"{text!r} is less than one; did you mean {text.strip()}x, a share of the teacher?")
     try:
-        number = parse_quantity(text, suffixes)
+        parse_quantity(text, suffixes)
     except ValueError as error:
         raise ValueError(f"{error}, nor a share of the teacher such as 0.7x") from error
-    if 0 < number < 1:
-        raise ValueError(f"{text!r} is less than one; did you mean {text.strip()}x, a share of the teacher?")
     return text
 
 

@@ -183,7 +183,8 @@ def _too_little(budget: Budget, smallest: Architecture, tolerance: float) -> str
         for limit, least in ((limit, budget.cost(limit, smallest)) for limit in budget.limits)
         if least > limit.target * (1 + tolerance)
     ]
-    return f"{'; '.join(missed)}: the vocabulary and one layer of the smallest legal width remain. Raise the budget."
+    left = "one layer of the smallest legal width, and the vocabulary (prunus vocabulary cuts that)"
+    return f"{'; '.join(missed)}: {left}. Raise the budget."
 
 
 def _filler(teacher: Architecture, budget: Budget) -> str:
