@@ -4,10 +4,12 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from prunus import pictures
 from prunus.pictures import Picture
 
+TEACHER = {"teacher": True, "measured": {"loss": 2}, "costs": {"flops": 10}}
 LAYERS, HEADS, HIDDEN, REMOVED = 80, 64, 8192, [40, 41]
 
 
@@ -18,7 +20,10 @@ def drawn() -> list[Picture]:
     kept = {layer: range(0, HEADS, 2) for layer in range(LAYERS) if layer not in REMOVED}
     curve = [{"tokens": 1000 * step, "loss": 3 / step + 0.1 * random.random()} for step in range(1, 2000)]
     scores_H = np.exp(random.normal(size=HIDDEN))
-    tried = [{"predicted_damage": x, "measured": {"loss": 3 + x}, "chosen": x == 1} for x in range(4)]
+    tried = [
+        {"predicted_damage": x, "measured": {"loss": 3 + x}, "chosen": x == 1, "costs": {"flops": 9 - x}}
+        for x in range(4)
+    ]
     return [
         pictures.layers(random.random(LAYERS).tolist(), random.random(LAYERS).tolist(), REMOVED),
         pictures.heads(random.random((LAYERS, HEADS)).tolist(), kept),
@@ -26,6 +31,7 @@ def drawn() -> list[Picture]:
         pictures.ffn(np.sort(np.exp(2 * random.normal(size=(LAYERS, 11)))).tolist(), REMOVED),
         pictures.training({"distilled": curve, "random init": curve}),
         pictures.candidates(tried),
+        pictures.pareto([*tried, TEACHER], {"flops": ("FLOPs per token", str)}),
     ]
 
 
@@ -54,6 +60,15 @@ def test_the_same_data_gives_the_same_picture() -> None:
     first, second = (pictures.layers([0.1, 0.3], None, []) for _ in range(2))
     assert first == second
     assert "No layer was removed." in first.caption
+
+
+def test_the_front_is_what_nothing_beats_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[tuple[tuple[float, ...], ...]] = []
+    monkeypatch.setattr(Axes, "step", lambda _, *across_and_up, **style: lines.append(across_and_up))
+    points = [(1, 5), (2, 6), (3, 4), (4, 4.5)]
+    tried = [{"chosen": False, "measured": {"loss": loss}, "costs": {"flops": cost}} for cost, loss in points]
+    pictures.pareto(tried, {"flops": ("FLOPs per token", str)})
+    assert lines == [((1, 3), (5, 4))]
 
 
 def test_the_share_of_importance_by_hand() -> None:

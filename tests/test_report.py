@@ -101,9 +101,11 @@ def full_report() -> dict:
                 "predicted_damage": 0.4 + 0.05 * i,
                 "measured": {"loss": 3.6 + 0.04 * i + 0.1 * random.normal(), "perplexity": 37.0 + i} if i < 8 else None,
                 "chosen": i == 1,
+                "costs": {"memory": 200_000_000 - 1_000_000 * i, "flops": 180_000_000 + 2_000_000 * (i % 3)},
             }
             for i in range(20)
         ],
+        "candidate_teacher": {"measured": {"loss": 3.0}, "costs": {"memory": 300_000_000, "flops": 270_000_000}},
         "models": [
             _model("teacher", 134_515_008, 19.0, 0.0, 1.0, 0.412, (1520.0, 41.2)),
             _model("cut", 94_150_656, 3120.5, 4.9, 0.11, 0.262, (2010.0, 41.9)),
@@ -214,7 +216,7 @@ def test_full_page_has_every_part(html: str) -> None:
         assert part in html
     for words in ("269 MB", "28.5", "41.2 ± 1.0 %", "1 h 27 min", "arc_easy was run", "budget: params 0.7x", "−2.8 pt"):
         assert words in html, words
-    assert html.count("<svg ") == 6
+    assert html.count("<svg ") == 7
     assert "Removed: 15, 16, 26." in html
     assert "8 more are in 2-candidates.json" in html
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,34 @@ def candidates(tried: Sequence[Mapping[str, Any]]) -> Picture:
         axes.scatter(*point, s=34, color=colour, alpha=0.85, linewidth=0)
     axes.set(xlabel="predicted damage", ylabel="measured loss")
     return _picture(figure, "Predicted and measured", f"The {len(tried)} candidates that were tried.")
+
+
+@styled
+def pareto(tried: Sequence[Mapping[str, Any]], against: Mapping[str, tuple[str, Callable[[float], str]]]) -> Picture:
+    """Measured loss over what candidates cost, a line through those that no other beats in both.
+
+    Args:
+        tried: the teacher too, which says so.
+        against: key of `costs` → what its panel is called, and how its numbers are written.
+    """
+    figure = Figure(figsize=SIZE)
+    panels = figure.subplots(1, len(against), sharey=True, squeeze=False)[0]
+    for axes, (kind, (label, form)) in zip(panels, against.items(), strict=True):
+        points = sorted((each["costs"][kind], each["measured"]["loss"]) for each in tried)
+        losses = np.minimum.accumulate([loss for _, loss in points])
+        front = [point for point, least in zip(points, losses, strict=True) if point[1] <= least]
+        axes.step(*zip(*front, strict=True), where="post", color=KEPT, linewidth=1, alpha=0.6)
+        for each in tried:
+            colour = INK if each.get("teacher") else REMOVED if each["chosen"] else KEPT
+            point = each["costs"][kind], each["measured"]["loss"]
+            axes.scatter(*point, s=34, color=colour, alpha=0.85, linewidth=0)
+            if name := "teacher" if each.get("teacher") else "chosen" * each["chosen"]:
+                axes.annotate(name, point, xytext=(-6, 6), textcoords="offset points", ha="right")
+        axes.set(xlabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
+        axes.xaxis.set_major_formatter(lambda value, _, form=form: form(value))
+    panels[0].set_ylabel("measured loss")
+    return _picture(figure, "Quality against size and speed", "The line joins what nothing smaller or faster beats.")
 
 
 def _layer_panels(count: int) -> tuple[Figure, np.ndarray]:

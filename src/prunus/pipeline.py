@@ -177,7 +177,7 @@ def _search(run: Run) -> None:
         found = found.ordered(_tournament(run, found))
     if recipe.latency:
         found = found.with_best(latency.tuned(run.teacher, run.scores, budget, found.best.architecture), budget)
-    write_json(run.path("search"), results.searched(found, budget))
+    write_json(run.path("search"), results.searched(found, run.teacher, budget))
     shutil.rmtree(run.root / TOURNAMENT, ignore_errors=True)
 
 

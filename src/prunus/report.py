@@ -36,6 +36,11 @@ FIELDS: dict[str, tuple[str, Callable[[float | None], str], str]] = {
 """What is known of a model → its name, form and note on the page."""
 COMPARISONS = ("kl_to_teacher", "top1_agreement")
 """Fields that compare with the teacher, so that student / teacher says nothing more."""
+COSTS = {
+    "memory": ("weights and KV cache", formats.byte_size),
+    "flops": ("FLOPs per token", formats.count),
+    "latency": ("ms per generated token", lambda microseconds: formats.number(microseconds / 1000)),
+}
 TILES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "decode_tokens_per_second", "perplexity")
 
 
@@ -296,7 +301,15 @@ def _pictures(report: Report) -> dict[str, Any]:
         "importance": _importance_pictures(report) if report["scores"] else [],
         "curve": pictures.training(known) if known else None,
         "scatter": pictures.candidates(tried) if len(tried) > 2 else None,
+        "pareto": _pareto(tried, report["candidate_teacher"]),
     }
+
+
+def _pareto(tried: list[Report], teacher: Report | None) -> pictures.Picture | None:
+    if len(tried) < 2 or not teacher or not teacher["measured"]:
+        return None
+    kinds = ["memory", "latency" if "latency" in teacher["costs"] else "flops"]
+    return pictures.pareto([*tried, teacher | {"teacher": True}], {kind: COSTS[kind] for kind in kinds})
 
 
 def _importance_pictures(report: Report) -> list[pictures.Picture]:

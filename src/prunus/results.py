@@ -21,7 +21,7 @@ from prunus.architecture import Architecture
 from prunus.budget import LIMITS, Budget, Costs
 from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
-from prunus.evaluate import PROMPTS, qualities, samples, speed
+from prunus.evaluate import PROMPTS, Quality, qualities, samples, speed
 from prunus.prune import KEPT_FILE, build, cut
 from prunus.recipe import STAGES
 from prunus.run import BASELINE, Run, read_json
@@ -41,7 +41,7 @@ LABELS = {
 LISTED_CANDIDATES = 30
 
 
-def searched(found: Search, budget: Budget) -> dict[str, Any]:
+def searched(found: Search, teacher: Checkpoint, budget: Budget) -> dict[str, Any]:
     """2-candidates.json of a search."""
     best = found.best.architecture
     return {
@@ -62,8 +62,25 @@ def searched(found: Search, budget: Budget) -> dict[str, Any]:
         },
         "probes": dict(found.probes),
         "considered": found.considered,
-        "candidates": [_candidate(entry, chosen=entry is found.best) for entry in found.candidates[:LISTED_CANDIDATES]],
+        "teacher": {
+            "costs": _costs(budget.costs, teacher.architecture),
+            "measured": found.teacher and _measured(found.teacher),
+        },
+        "candidates": [
+            _candidate(entry, chosen=entry is found.best) | {"costs": _costs(budget.costs, entry.architecture)}
+            for entry in found.candidates[:LISTED_CANDIDATES]
+        ],
     }
+
+
+def _costs(costs: Costs, architecture: Architecture) -> dict[str, int]:
+    """By the names of `LIMITS`; latency where it was timed."""
+    kinds = [kind for kind in LIMITS if kind != "latency" or costs.rates]
+    return {kind: LIMITS[kind].of(costs, architecture) for kind in kinds}
+
+
+def _measured(quality: Quality) -> dict[str, float]:
+    return {"loss": quality.loss, "perplexity": quality.perplexity}
 
 
 def explicit(teacher: Checkpoint, target: Architecture, scores: Scores) -> dict[str, Any]:
@@ -95,7 +112,7 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
         "architecture": dict(candidate.architecture),
         "parameters": candidate.parameters,
         "predicted_damage": None if damage != damage else damage,
-        "measured": None if measured is None else {"loss": measured.loss, "perplexity": measured.perplexity},
+        "measured": measured and _measured(measured),
         "trained": None if candidate.trained is None else asdict(candidate.trained),
         "chosen": chosen,
     }
@@ -168,6 +185,7 @@ def collect(run: Run) -> dict[str, Any]:
         "scores": _scores(run) if run.finished("score") else None,
         "kept": _kept(run) if run.finished("prune") else None,
         "candidates": searched["candidates"] if searched else [],
+        "candidate_teacher": searched and searched.get("teacher"),
         "models": evaluation.get("models", []),
         "training": training,
         "samples": evaluation.get("samples", []),

@@ -82,12 +82,14 @@ class Search:
         probes: axis → nats per token of a full loss of that axis, as extrapolated from its probe.
         considered: legal architectures within the tolerance.
         note: why the budget was missed by more than the tolerance, if so.
+        teacher: measured on the same text; None if nothing was measured.
     """
 
     candidates: list[Candidate]
     probes: Mapping[str, float]
     considered: int
     note: str | None
+    teacher: Quality | None = None
 
     @property
     def best(self) -> Candidate:
@@ -326,7 +328,7 @@ def search(
     measured = [replace(candidate, measured=measurer(candidate.architecture)) for candidate in chosen]
     measured.sort(key=lambda candidate: candidate.measured.loss if candidate.measured else math.inf)
     rest = [candidate for candidate in predicted[:100] if candidate not in chosen]
-    return Search([*measured, *rest], slopes, len(found), note)
+    return Search([*measured, *rest], slopes, len(found), note, measurer.base)
 
 
 class _Measurer:

@@ -18,7 +18,10 @@ Report = Mapping[str, Any]
 
 PARTS = {
     str: ("prunus", "created"),
-    dict: ("versions", "recipe", "teacher", "student", "budget", "text", "scores", "kept", "training"),
+    dict: (
+        *("versions", "recipe", "teacher", "student", "budget"),
+        *("text", "scores", "kept", "candidate_teacher", "training"),
+    ),
     list: ("candidates", "models", "samples", "stages", "warnings"),
 }
 """The parts of a report by their type."""

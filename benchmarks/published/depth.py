@@ -1,0 +1,115 @@
+"""Methods that take whole layers away. They keep the least number of layers that has the parameters asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import prunus as pr
+from prunus import anatomy, evaluate
+from prunus.text import Blocks
+
+from .bench import Bench, batches
+
+
+def shortgpt(bench: Bench) -> PreTrainedModel:
+    """The layers that change their input's direction least. Source: arXiv:2403.03853."""
+    scores = pr.score(bench.statistics, layers="block_influence")
+    return bench.sliced(bench.teacher.architecture.replace(layers=bench.layers()), scores)
+
+
+def contiguous(bench: Bench) -> PreTrainedModel:
+    """The run of neighbouring layers without which the loss on other text is lowest.
+
+    Source: the depth-pruned model of Minitron in practice, arXiv:2408.11796, sec. 2; the last layer always stays.
+    """
+    layers, model = bench.teacher.architecture.layers, bench.model()
+    gone = layers - bench.layers()
+    best = min(range(1, layers - gone), key=lambda start: _loss_without(model, bench.validation, start, start + gone))
+    return without(bench, model, range(best, best + gone))
+
+
+def laco(bench: Bench) -> PreTrainedModel:
+    """Layers collapsed into the one before them, from the top, wherever the output stays near enough.
+
+    What is collapsed into layer l: θ_l + Σ_k (θ_{l+k} − θ_l), over the next layers. A merge is kept if the cosine of
+    the last hidden states with the teacher's stays above a threshold, the highest that leads to the layers asked for.
+    Source: LaCo, arXiv:2402.11187, with its C = 4 layers at once and I = 2 layers between merges.
+    """
+    teacher, few = bench.model(), bench.calibration.head(2)
+    wanted = _states(teacher, few)
+    for threshold in (1 - step / 40 for step in range(1, 40)):
+        model = bench.model()
+        _collapse(model, wanted, few, threshold, bench.layers())
+        if len(anatomy.layers_of(model)) <= bench.layers():
+            break
+    return model
+
+
+def _collapse(model: PreTrainedModel, wanted: Tensor, blocks: Blocks, threshold: float, target: int) -> None:
+    merged, apart = 4, 2
+    place = len(anatomy.layers_of(model)) - merged
+    while place >= 0 and (count := len(anatomy.layers_of(model))) > target:
+        size = min(merged - 1, count - 1 - place, count - target)
+        before = list(anatomy.layers_of(model))
+        own = {name: value.clone() for name, value in before[place].state_dict().items()}
+        if size > 0:
+            _merge(before[place], before[place + 1 : place + 1 + size])
+            _set_layers(model, before[: place + 1] + before[place + 1 + size :])
+            near = torch.nn.functional.cosine_similarity(_states(model, blocks), wanted, dim=-1).mean()
+            if near > threshold:
+                place = min(place - apart, len(anatomy.layers_of(model)) - merged)
+                continue
+            before[place].load_state_dict(own)
+            _set_layers(model, before)
+        place -= 1
+
+
+@torch.no_grad()
+def _merge(layer: torch.nn.Module, others: list[torch.nn.Module]) -> None:
+    parts = [dict(other.named_parameters()) for other in others]
+    for name, value in layer.named_parameters():
+        own = value.clone()
+        value += sum((part[name] - own for part in parts), start=torch.zeros_like(own))
+
+
+def without(bench: Bench, model: PreTrainedModel, gone: range) -> PreTrainedModel:
+    """The model itself, these layers removed."""
+    layers = list(anatomy.layers_of(model))
+    _set_layers(model, [layer for number, layer in enumerate(layers) if number not in gone])
+    return model
+
+
+def _loss_without(model: PreTrainedModel, blocks: Blocks, start: int, stop: int) -> float:
+    layers = list(anatomy.layers_of(model))
+    _set_layers(model, layers[:start] + layers[stop:])
+    try:
+        return evaluate.quality(model, blocks).loss
+    finally:
+        _set_layers(model, layers)
+
+
+def _set_layers(model: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
+    """These instead of the model's layers, with their numbers in the cache and their kinds of mask."""
+    config = model.config
+    if kinds := getattr(config, "layer_types", None):
+        for layer, kind in zip(anatomy.layers_of(model), kinds, strict=True):
+            layer.kind = kind
+        config.layer_types = [layer.kind for layer in layers]
+    for number, layer in enumerate(layers):
+        layer.self_attn.layer_idx = number
+    anatomy.body_of(model).layers = torch.nn.ModuleList(layers)
+    config.num_hidden_layers = len(layers)
+
+
+@torch.no_grad()
+def _states(model: PreTrainedModel, blocks: Blocks) -> Tensor:
+    """Behind the last norm, [N, H]."""
+    body = anatomy.body_of(model)
+    return torch.cat(
+        [
+            body(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False).last_hidden_state.flatten(0, 1)
+            for tokens_BS, positions_BS in batches(blocks)
+        ]
+    )

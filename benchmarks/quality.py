@@ -1,0 +1,239 @@
+"""Every published method beside Prunus, at the same parameters, on the same model, text and tokens.
+
+Usage: python benchmarks/quality.py MODEL --train TEXT --calibration TEXT --heldout FILE [--heldout FILE]
+       [--shares 0.8,0.67,0.5] [--tokens 100k] [--only "FLAP;Prunus"] [--tasks FOLDER] [--limit N] --to FOLDER
+
+Each row is measured without any training, and after distillation on the same tokens with Prunus's own loop and
+settings: what differs is the student alone. A row is written when it is done, and not made again; the table is made of
+those that are there. Calibration, training and held-out text must be different files. With --tasks FOLDER, which holds
+arc_easy_test.jsonl, hellaswag_val.jsonl and blimp_50each.jsonl, the share of the teacher's accuracy above chance that
+is kept, with an interval of 95 % over the rows of the task.
+"""
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from published import METHODS, PACKAGES, Bench
+from published.bench import count
+from transformers import PreTrainedModel
+
+import prunus as pr
+from prunus import hardware
+from prunus.budget import parse_quantity
+from prunus.checkpoint import from_config
+from prunus.documents import documents, shuffled
+from prunus.evaluate import quality
+from prunus.files import atomic_file
+from prunus.masters import Masters
+from prunus.measure import load_statistics, save_statistics
+from prunus.prune import cut, repaired
+from prunus.schedule import Settings, learning_rate, plan
+from prunus.step import Losses, accumulate
+from prunus.tasks import LocalTask, run_tasks
+from prunus.teacher import Cache, describe, write_cache
+from prunus.text import Blocks, load_blocks, tokenise
+
+BLOCK_SIZE, MICRO_BLOCKS, BATCH_TOKENS = 512, 2, 1024
+CALIBRATION_TOKENS, VALIDATION_TOKENS, HELDOUT_TOKENS = 65536, 16384, 32768
+OURS, RANDOM_INIT = "Prunus", "random init, the shape of Prunus"
+
+
+def tasks(folder: Path) -> dict[str, tuple[LocalTask, float]]:
+    """Each task, and what chance gives."""
+    return {
+        "ARC-Easy": (LocalTask("arc_easy", folder / "arc_easy_test.jsonl", "{{query}}", "choices", "gold"), 0.25),
+        "HellaSwag": (
+            LocalTask("hellaswag", folder / "hellaswag_val.jsonl", "{{activity_label}}: {{ctx}}", "endings", "label"),
+            0.25,
+        ),
+        "BLiMP": (LocalTask("blimp", folder / "blimp_50each.jsonl", "", ("sentence_good", "sentence_bad"), 0), 0.5),
+    }
+
+
+class Laboratory:
+    """Text, teacher and its cache; made once in the folder, whatever the rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.folder: Path = options.to
+        self.teacher = pr.load(options.model)
+        self.train = self._text("train", options.train, int(options.tokens))
+        calibration = self._text("calibration", options.calibration, CALIBRATION_TOKENS + VALIDATION_TOKENS)
+        border = CALIBRATION_TOKENS // BLOCK_SIZE
+        self.calibration = calibration.head(border)
+        self.validation = calibration.select(range(border, len(calibration)))
+        self.heldout = {Path(file).name: self._text(Path(file).name, file, HELDOUT_TOKENS) for file in options.heldout}
+        self.judge = self.teacher.module(hardware.compute_dtype(), hardware.device())
+        self.settings = Settings(tokens=self.train.num_tokens, batch_tokens=BATCH_TOKENS)
+
+    def _text(self, name: str, file: str, tokens: int) -> Blocks:
+        to = self.folder / "text" / name
+        if to.exists():
+            return load_blocks(to)
+        docs = shuffled(documents(file), seed=0)
+        return tokenise(docs, self.teacher.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=to, label=file)
+
+    def cache(self) -> Cache:
+        """The teacher's states on the training text."""
+        to = self.folder / "cache"
+        return write_cache(self.teacher, self.train, describe(self.teacher, self.train, kind="hidden"), to=to)
+
+    def judged(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+        """Perplexity and divergence of a model in the training dtype on each held-out text."""
+        found = {name: quality(model, blocks, teacher=self.judge) for name, blocks in self.heldout.items()}
+        return {name: {"perplexity": q.perplexity, "kl": q.kl_to_teacher or 0.0} for name, q in found.items()}
+
+    def bench(self, share: float) -> Bench:
+        """One size: Prunus's search is part of it."""
+        statistics = self._statistics()
+        scores = pr.score(statistics)
+        budget = pr.parse_budget(self.teacher, params=f"{share}x")
+        file = self.folder / f"{share}" / "shape.json"
+        if not file.exists():
+            best = pr.search(
+                self.teacher, scores, budget, calibration=self.calibration, heldout=self.validation
+            ).best.architecture
+            write(file, dict(best))
+        shape = self.teacher.architecture.replace(**json.loads(file.read_text()))
+        parameters = budget.parameters(shape)
+        return Bench(self.teacher, self.calibration, self.validation, parameters, shape, statistics)
+
+    def _statistics(self) -> pr.Statistics:
+        file = self.folder / "statistics.safetensors"
+        if not file.exists():
+            save_statistics(pr.measure(self.teacher, self.calibration), file)
+        return load_statistics(file)
+
+
+def prunus(bench: Bench) -> PreTrainedModel:
+    """What `prunus prune` makes of the shape."""
+    student = cut(bench.teacher, pr.score(bench.statistics), bench.shape)
+    return repaired(bench.teacher, student, bench.calibration)
+
+
+def random_init(bench: Bench) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return from_config(cut(bench.teacher, pr.score(bench.statistics), bench.shape).config, torch.float32)
+
+
+ROWS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {**METHODS, OURS: prunus, RANDOM_INIT: random_init}
+
+
+def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, settings: Settings) -> None:
+    """`prunus.distill` for a model in memory, which need not be one that a checkpoint can hold."""
+    schedule = plan(settings, hidden=model.config.hidden_size, num_blocks=len(blocks), block_size=blocks.block_size)
+    losses = Losses(model, teacher, blocks, settings, None, MICRO_BLOCKS)
+    masters, curve = Masters(losses, hardware.compute_dtype(), weight_decay=settings.weight_decay), []
+    masters.publish()
+    for step in range(schedule.steps):
+        curve.append(accumulate(losses, masters, curve, schedule))
+        masters.clip(settings.clip)
+        masters.step(learning_rate(step, schedule, settings))
+        masters.forget_gradients()
+    model.eval()
+
+
+def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, Any], limit: int | None) -> dict:
+    """One method at one size: made, measured, trained, measured."""
+    started = time.monotonic()
+    model = ROWS[method](bench).float().requires_grad_(True)
+    result = {"method": method, "parameters": count(model), "seconds": time.monotonic() - started}
+    masters = {name: value.detach().clone() for name, value in model.named_parameters()}
+    result["before"] = laboratory.judged(model.to(hardware.compute_dtype()).eval())
+    model.float()
+    for name, value in model.named_parameters():  # what rounding took off
+        value.data.copy_(masters[name])
+    trained(model, laboratory.cache(), laboratory.train, laboratory.settings)
+    result["after"] = laboratory.judged(model)
+    result["tasks"] = accuracies(model, laboratory, scored, limit)
+    return result
+
+
+def accuracies(model: PreTrainedModel, laboratory: Laboratory, scored: Mapping[str, Any], limit: int | None) -> dict:
+    """Of each task [accuracy, its standard error]."""
+    if not scored:
+        return {}
+    found = run_tasks(model, laboratory.teacher.tokenizer(), [task for task, _ in scored.values()], limit=limit)
+    return {name: [found[task.name][key] for key in ("acc", "acc_stderr")] for name, (task, _) in scored.items()}
+
+
+def write(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as partial:
+        partial.write_text(json.dumps(value, indent=1))
+
+
+def kept(student: list[float], teacher: list[float], chance: float) -> str:
+    """Share of the teacher's accuracy above chance, ± 1.96 standard errors of the student's."""
+    above = teacher[0] - chance
+    return f"{(student[0] - chance) / above:.0%} ± {1.96 * student[1] / above:.0%}"
+
+
+def table(laboratory: Laboratory, share: str, scored: Mapping[str, Any], teacher: Mapping[str, list[float]]) -> str:
+    """Markdown of the rows that are there, best after training first."""
+    files = sorted((laboratory.folder / share).glob("row-*.json"))
+    rows = sorted((json.loads(file.read_text()) for file in files), key=lambda row: _mean_kl(row["after"]))
+    names = list(laboratory.heldout)
+    heads = [f"{name}: {when}" for when in ("cut", f"{laboratory.train.num_tokens // 1000}k tokens") for name in names]
+    lines = [
+        "| " + " | ".join(["method", "parameters", *heads, *scored]) + " |",
+        "|" + "---|" * (2 + len(heads) + len(scored)),
+    ]
+    for row in rows:
+        cells = [row["method"], f"{row['parameters'] / 1e6:.1f}M"]
+        cells += [
+            f"{row[when][name]['perplexity']:,.1f} ({row[when][name]['kl']:.3f})"
+            for when in ("before", "after")
+            for name in names
+        ]
+        cells += [
+            kept(row["tasks"][name], teacher[name], chance) if name in row["tasks"] else ""
+            for name, (_, chance) in scored.items()
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_kl(judged: Mapping[str, Mapping[str, float]]) -> float:
+    return sum(each["kl"] for each in judged.values()) / len(judged)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--heldout", action="append", required=True)
+    parser.add_argument("--shares", default="0.8,0.67,0.5")
+    parser.add_argument("--tokens", type=parse_quantity, default=100_000)
+    parser.add_argument("--only", help="methods, separated by semicolons")
+    parser.add_argument("--tasks", type=Path)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--to", type=Path, required=True)
+    options = parser.parse_args()
+    hardware.keep_freed_memory()
+    laboratory = Laboratory(options)
+    scored = tasks(options.tasks) if options.tasks else {}
+    teacher = laboratory.folder / "teacher.json"
+    if not teacher.exists():
+        write(teacher, accuracies(laboratory.judge, laboratory, scored, options.limit))
+    for share in options.shares.split(","):
+        bench = laboratory.bench(float(share))
+        print(f"\n{share} of the parameters: {bench.parameters:,}; Prunus found {bench.shape}", flush=True)
+        for method in options.only.split(";") if options.only else ROWS:
+            file = laboratory.folder / share / f"row-{method.replace(' ', '-')}.json"
+            missing = method in PACKAGES and importlib.util.find_spec(PACKAGES[method]) is None
+            if missing or file.exists():
+                continue
+            write(file, row(laboratory, method, bench, scored, options.limit))
+            print(f"{method}: done", flush=True)
+        print(table(laboratory, share, scored, json.loads(teacher.read_text())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
