@@ -309,7 +309,7 @@ def _pareto(tried: list[Report], teacher: Report | None) -> pictures.Picture | N
     if len(tried) < 2 or not teacher or not teacher["measured"]:
         return None
     kinds = ["memory", "latency" if "latency" in teacher["costs"] else "flops"]
-    return pictures.pareto([*tried, teacher | {"teacher": True}], {kind: COSTS[kind] for kind in kinds})
+    return pictures.pareto([*tried, {**teacher, "teacher": True}], {kind: COSTS[kind] for kind in kinds})
 
 
 def _importance_pictures(report: Report) -> list[pictures.Picture]:
