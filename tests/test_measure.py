@@ -10,8 +10,9 @@ from conftest import for_each_kind
 from prunus import experts, hardware
 from prunus.anatomy import layers_of
 from prunus.depth import iterative, leave_one_out
-from prunus.layerwise import Returned, branches_of, gram, has
-from prunus.measure import inverse_diagonal, load_statistics, measure, save_statistics
+from prunus.elimination import removal_errors
+from prunus.layerwise import Returned, branches_of, gram, has, weight_of
+from prunus.measure import load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
 from prunus.weight_norms import HEADS
 
@@ -53,9 +54,10 @@ def test_signals_are_what_the_layers_compute(teacher, blocks, layer):
         torch.testing.assert_close(mean, inner_BSF.abs().mean(1).sum(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(l2, inner_BSF.norm(dim=1).sum(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(var, inner_BSF.var(dim=1, correction=0).sum(0), rtol=1e-3, atol=1e-5)
-        inner_NF = inner_BSF.flatten(0, 1)
-        expected = inverse_diagonal(inner_NF.T @ inner_NF / len(inner_NF))
-        torch.testing.assert_close(stats.inverse_gram[axis][layer], expected, rtol=1e-3, atol=1e-4)
+        inner_NF = inner_BSF.flatten(0, 1).float()
+        weight_OF = weight_of(layers_of(teacher.module())[layer].get_submodule(write)).float()
+        expected = removal_errors(inner_NF.T @ inner_NF / len(inner_NF), weight_OF)
+        torch.testing.assert_close(stats.removal[axis][layer], expected, rtol=1e-2, atol=1e-6)
 
 
 @for_each_kind
@@ -123,7 +125,7 @@ def test_statistics_survive_the_disk(llama, blocks, tmp_path):
     loaded = load_statistics(tmp_path / "stats.safetensors")
     assert loaded.provenance == stats.provenance
     assert torch.equal(loaded.reductions["activation/ffn"], stats.reductions["activation/ffn"])
-    assert torch.equal(loaded.inverse_gram["ffn"], stats.inverse_gram["ffn"])
+    assert torch.equal(loaded.removal["ffn"], stats.removal["ffn"])
 
 
 @for_each_kind
@@ -178,7 +180,7 @@ def test_gram_is_exact_in_both_types():
 def test_layer_by_layer_from_disk_is_the_same(teacher, blocks):
     source = on_disk(teacher)
     found, expected = measure(teacher, blocks, source=source), measure(teacher, blocks)
-    for group in ("reductions", "energies", "sums", "inverse_gram"):
+    for group in ("reductions", "energies", "sums", "removal"):
         assert getattr(found, group).keys() == getattr(expected, group).keys()
         for name, value in getattr(expected, group).items():
             assert torch.equal(getattr(found, group)[name], value), name

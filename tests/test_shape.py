@@ -17,7 +17,7 @@ LAYERS = """
     families._decilm families._uneven
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
-    packing experts weights storage checks checkpoint source documents text scores
+    sensitivity elimination packing experts weights storage checks checkpoint source documents text scores
     weight_norms measure depth importance selection repair refit prune pieces vocabulary
     row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step watch distill trackers

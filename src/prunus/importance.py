@@ -74,17 +74,14 @@ def preactivation(stats: Statistics, axis: str, aggregation: str) -> Tensor:
 
 
 def reconstruction(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """[L, F]: error of the layer's output when a neuron leaves and the others make up for it by least squares.
-
-        s_i = ‖W_i‖² / (G⁻¹)_ii,   G = E[hhᵀ],  W_i the neuron's column of the down projection
-
-    Source: Optimal Brain Surgeon (Hassibi & Stork, 1993) applied to one linear map. Needs `measure(grams=True)`.
+    """[L, F]: root of what it costs when a neuron leaves, after those that leave before it, and those that stay make up
+    for it by least squares (`elimination.removal_errors`). Needs `measure(grams=True)`.
     """
-    if axis not in stats.inverse_gram:
+    if axis not in stats.removal:
         raise BadRecipe(
             f"score {axis}=reconstruction needs Gram matrices: measure with grams (recipe: measure.grams: true)"
         )
-    return stats.sums[f"write/{axis}"] / stats.inverse_gram[axis]
+    return stats.removal[axis].sqrt()
 
 
 def head_output(stats: Statistics, axis: str, aggregation: str) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prunus import hardware
 from prunus.anatomy import body_of, layers_of
@@ -198,6 +199,12 @@ def observe(layer: nn.Module, observers: Mapping[str, Callable[[Tensor, Tensor],
 
             stack.callback(layer.get_submodule(module).register_forward_hook(hook).remove)
         yield
+
+
+def weight_of(projection: Any) -> Tensor:
+    """[O, K] of a linear map: nn.Linear, a router, or GPT-2's Conv1D."""
+    weight: Tensor = projection.weight
+    return weight.T if isinstance(projection, Conv1D) else weight
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Shapes: L layers, B blocks (samples), S tokens of a block, H hidden channels, F 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,17 @@ from torch import Tensor, nn
 from prunus import experts, hardware, layerwise
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
+from prunus.elimination import removal_errors
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import load_tensors, save_tensors
+from prunus.sensitivity import Sketches
 from prunus.source import Source, opened
 from prunus.weight_norms import HEADS, weight_norms
 
 BATCH_BLOCKS = 4
 GRAM_TOKENS = 8192
 """Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
-SOLVED_COLUMNS = 1024
-"""Columns of a triangular inverse that are in memory at once."""
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 
@@ -47,10 +48,11 @@ class Statistics:
             y, and [L, E, F] "energy/expert_ffn" Σ (w h)² of its neurons h. "energy/hidden" [H]: the energies of all
             norms of the stream; of latents "energy/" and the axis, [L, C]; "energy/mamba_head_dim" Σ over heads of x².
             Of the weights, squared norms "weight/" and the axis: [L, C], [H] for hidden, [L, E, F] for expert_ffn; and
-            "write/ffn", "write/shared_ffn", "write/expert_ffn" of the columns that write.
-        inverse_gram: "ffn", "shared_ffn" → diag of (E[hhᵀ] + λI)⁻¹, [L, F]; empty unless measured with `grams`.
+            "write/expert_ffn" of the columns that write.
+        removal: "ffn", "shared_ffn" → `elimination.removal_errors`, [L, F]; empty unless measured with `grams`.
+            Measured by the loss, in nats per token; else by the squared error of what is written.
 
-    Where layers are of several kinds, a layer that lacks what is summed has zeros (ones in `inverse_gram`).
+    Where layers are of several kinds, a layer that lacks what is summed has zeros.
         num_blocks, num_tokens: of the text.
         provenance: teacher, text.
     """
@@ -58,7 +60,7 @@ class Statistics:
     reductions: Mapping[str, Tensor]
     energies: Mapping[str, Tensor]
     sums: Mapping[str, Tensor]
-    inverse_gram: Mapping[str, Tensor]
+    removal: Mapping[str, Tensor]
     num_blocks: int
     num_tokens: int
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -71,6 +73,7 @@ def measure(
     *,
     source: Source | None = None,
     grams: bool = True,
+    sketches: Sketches | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Statistics of every width axis and of Block Influence, in one layer-by-layer pass without the output head.
@@ -80,6 +83,7 @@ def measure(
         source: where the teacher's layers are, if it is at hand; opened otherwise, on disk where memory is short.
         grams: also the Gram matrix of each FFN's neurons, for the "reconstruction" score. One is alive at a time;
             without them the pass costs about half as much.
+        sketches: from `sensitivity`, so that errors of what neurons write count as the loss minds them.
         progress: called with the layers done and in all.
     """
     source, family = source or opened(teacher), teacher.family
@@ -94,7 +98,7 @@ def measure(
                 passes[number].batch_shape = before.shape[:2]
                 batch.stream_BSH = layerwise.run_layer(layer, before, batch.layer_inputs[number])
                 passes[number].add_cosine(before, batch.stream_BSH)
-        passes[number].finish()
+        passes[number].finish(_metrics(layer, number, family, sketches))
         progress(number + 1, count)
     final = _Reducer()
     final_energy = torch.zeros(teacher.architecture.hidden, device=hardware.device())
@@ -125,7 +129,7 @@ def _collect(
         reductions=signals | {"output/hidden": torch.stack([*read, final.total], dim=2).cpu()},
         energies=energies | {family.final_norm: final_energy.cpu()},
         sums=sums | latents | {"energy/hidden": hidden} | weight_norms(teacher),
-        inverse_gram=_stacked([layer.inverse_gram for layer in passes], absent=1.0),
+        removal=_stacked([layer.removal for layer in passes]),
         num_blocks=len(blocks),
         num_tokens=tokens,
         provenance={
@@ -137,11 +141,22 @@ def _collect(
     )
 
 
-def _stacked(layers: Sequence[Mapping[str, Tensor]], *, dim: int = 0, absent: float = 0.0) -> dict[str, Tensor]:
-    """Each name's tensors of all layers, on the CPU; `absent` stands for those that a layer lacks."""
+def _metrics(layer: nn.Module, number: int, family: Family, sketches: Sketches | None) -> dict[str, Tensor]:
+    """Axis → what its neurons write, [O, F]; as the loss minds it, [K, F], where gradients are known (½ g gᵀ)."""
+    found = {}
+    for branch in layerwise.branches_of(layer, family):
+        if branch.write is not None and branch.inner not in HEADS:
+            weight_OF = layerwise.weight_of(layer.get_submodule(branch.write))
+            sketch = None if sketches is None else sketches[number, branch.write]
+            found[branch.inner] = weight_OF.float() if sketch is None else sketch @ weight_OF.float() / math.sqrt(2)
+    return found
+
+
+def _stacked(layers: Sequence[Mapping[str, Tensor]], *, dim: int = 0) -> dict[str, Tensor]:
+    """Each name's tensors of all layers, on the CPU; zeros stand for those that a layer lacks."""
     examples = {name: value for layer in layers for name, value in layer.items()}
     return {
-        name: torch.stack([layer.get(name, torch.full_like(example, absent)) for layer in layers], dim=dim).cpu()
+        name: torch.stack([layer.get(name, torch.zeros_like(example)) for layer in layers], dim=dim).cpu()
         for name, example in examples.items()
     }
 
@@ -177,7 +192,7 @@ class _LayerPass:
         self.batch_shape: torch.Size = torch.Size()
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
         self.gram: dict[str, Tensor] = {}
-        self.inverse_gram: dict[str, Tensor] = {}
+        self.removal: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def observing(self, layer: nn.Module) -> Iterator[None]:
@@ -279,11 +294,11 @@ class _LayerPass:
         self.cosine = self.cosine + F.cosine_similarity(before_BSH, after_BSH, dim=-1).sum(dtype=torch.float32)
         self.num_tokens += before_BSH.shape[0] * before_BSH.shape[1]
 
-    def finish(self) -> None:
+    def finish(self, metrics: Mapping[str, Tensor]) -> None:
         for axis in list(self.pending):
             self._add_pending(axis)
         for axis in list(self.gram):
-            self.inverse_gram[axis] = inverse_diagonal(self.gram.pop(axis) / self.num_tokens)
+            self.removal[axis] = removal_errors(self.gram.pop(axis) / self.num_tokens, metrics[axis])
 
 
 def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
@@ -297,26 +312,8 @@ def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
     return squares_NH.mean(1).clamp_min_(1e-30).reciprocal_() @ squares_NH
 
 
-def inverse_diagonal(gram_FF: Tensor, *, damping: float = 0.01) -> Tensor:
-    """diag (G + λI)⁻¹ with λ = damping · mean diag G; float32 [F]. Its inverse is the energy of a neuron that the
-    others cannot linearly predict."""
-    gram_FF = gram_FF.clone()
-    diagonal_F = gram_FF.diagonal()
-    diagonal_F += damping * diagonal_F.mean().clamp_min(1e-12)  # a layer may be dead
-    factor_FF = torch.linalg.cholesky(gram_FF, out=gram_FF)
-    # (LLᵀ)⁻¹ = L⁻ᵀL⁻¹, whose diagonal is the squared norms of the columns of L⁻¹; LAPACK's whole inverse is slower. A
-    # column of L⁻¹ begins on the diagonal, so that of later ones ever smaller triangles are solved.
-    squared_F = torch.empty_like(diagonal_F)
-    for start in range(0, len(factor_FF), SOLVED_COLUMNS):
-        stop = min(start + SOLVED_COLUMNS, len(factor_FF))
-        columns = torch.eye(len(factor_FF) - start, stop - start, device=factor_FF.device)
-        solved = torch.linalg.solve_triangular(factor_FF[start:, start:], columns, upper=False)
-        squared_F[start:stop] = solved.square_().sum(0)
-    return squared_F
-
-
 def save_statistics(statistics: Statistics, to: Path) -> None:
-    groups = {name: getattr(statistics, name) for name in ("reductions", "energies", "sums", "inverse_gram")}
+    groups = {name: getattr(statistics, name) for name in ("reductions", "energies", "sums", "removal")}
     save_tensors(groups, statistics.provenance, to)
 
 
@@ -326,7 +323,7 @@ def load_statistics(file: Path) -> Statistics:
         reductions=groups["reductions"],
         energies=groups["energies"],
         sums=groups["sums"],
-        inverse_gram=groups.get("inverse_gram", {}),
+        removal=groups.get("removal", {}),
         num_blocks=int(provenance["blocks"]),
         num_tokens=int(provenance["tokens"]),
         provenance=provenance,

@@ -89,6 +89,9 @@ class Measure(Section):
 
     tokens: Count = Field(32768, description="calibration tokens, from the training text")
     grams: bool = Field(True, description="also Gram matrices, which the score ffn=reconstruction needs")
+    gradients: bool = Field(
+        True, description="also gradients of a part of the text, by which the scores from Gram matrices weigh errors"
+    )
     leave_one_out: bool = Field(False, description="also the loss without each layer (layers=leave_one_out)")
     iterative: bool = Field(
         False, description="also layer after layer leaving, each time the least missed one (layers=iterative)"

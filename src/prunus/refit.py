@@ -13,7 +13,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from prunus import anatomy, experts, hardware, layerwise, repair
 from prunus.architecture import Architecture
@@ -136,7 +135,7 @@ class _BranchFit:
         if branch.write_gate:
             inner_NF = inner_NF * torch.sigmoid(layer.get_submodule(branch.write_gate)(student_NK))
         # A shared expert sees every token, so it makes good what the routed ones leave.
-        others_NK = _flat(self._outputs(normed, inputs)) - inner_NF @ _weight(projection).T
+        others_NK = _flat(self._outputs(normed, inputs)) - inner_NF @ layerwise.weight_of(projection).T
         _fit_write(projection, inner_NF, targets_NK - others_NK, self.damping)
         return self._outputs(normed, inputs)
 
@@ -292,14 +291,9 @@ def _bias(projection: Projection) -> Tensor | None:
     return getattr(projection, "bias", None)  # a router may have none by that name
 
 
-def _weight(projection: Projection) -> Tensor:
-    """[O, K]."""
-    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
-
-
 def _joined(projection: Projection) -> Tensor:
     """float32 [O, K] weight, or [O, K+1] with the bias as last column."""
-    weight = _weight(projection).float()
+    weight = layerwise.weight_of(projection).float()
     bias = _bias(projection)
     return weight if bias is None else torch.cat([weight, bias.float()[:, None]], dim=1)
 
@@ -309,4 +303,4 @@ def _set(projection: Projection, joined: Tensor) -> None:
     if bias is not None:
         bias.copy_(joined[:, -1])
         joined = joined[:, :-1]
-    _weight(projection).copy_(joined)
+    layerwise.weight_of(projection).copy_(joined)

@@ -346,8 +346,9 @@ class _Measurer:
     ) -> None:
         self.teacher, self.scores, self.repair = teacher, scores, repair
         self.calibration, self.heldout = calibration, heldout
+        # Weights are fitted in the teacher's own type; to compare, the one that the machine is fast in will do.
+        self.base = quality(teacher.module(hardware.compute_dtype(), hardware.device()), heldout)
         self.model = teacher.module(device=hardware.device())
-        self.base = quality(self.model, heldout)
         self.done, self.total, self.progress = 0, total, progress
 
     @torch.no_grad()
@@ -359,7 +360,7 @@ class _Measurer:
             model = hardware.place(build(student, self.teacher.dtype), device=hardware.device())
         self.done += 1
         self.progress(self.done, self.total)
-        return quality(model, self.heldout)
+        return quality(hardware.place(model, dtype=hardware.compute_dtype()), self.heldout)
 
 
 def _slope(measurer: _Measurer, scores: Scores, teacher: Architecture, probe: Architecture, axis: str) -> float:

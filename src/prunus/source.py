@@ -48,8 +48,12 @@ class Source:
 
 def opened(teacher: Checkpoint) -> Source:
     """A checkpoint on the device, or on disk where it would take much of the free memory."""
-    fits = teacher.bytes <= SHARE_OF_MEMORY * hardware.free_memory()
-    return in_memory(teacher.module(device=hardware.device())) if fits else on_disk(teacher)
+    return in_memory(teacher.module(device=hardware.device())) if fits(teacher) else on_disk(teacher)
+
+
+def fits(teacher: Checkpoint) -> bool:
+    """Whether there is room for the model as a whole."""
+    return teacher.bytes <= SHARE_OF_MEMORY * hardware.free_memory()
 
 
 def in_memory(model: PreTrainedModel) -> Source:

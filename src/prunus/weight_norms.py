@@ -24,26 +24,17 @@ HEADS = ("heads", "mamba_heads", "linear_heads")
 
 
 def weight_norms(teacher: Checkpoint) -> dict[str, Tensor]:
-    """Squared norms of the weights that belong to each part of each axis, and of what they write (see `Statistics`)."""
+    """Squared norms of the weights of each part of each axis, and of what neurons of experts write (`Statistics`)."""
     family, sizes = teacher.family, teacher.architecture
     norms = {f"weight/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in WEIGHED_AXES if axis in sizes}
     norms["weight/hidden"] = torch.zeros(sizes.hidden)
-    writes = {
-        f"{branch.write}.weight": branch.inner
-        for branch in family.branches
-        if branch.inner not in HEADS and branch.write
-    }
-    norms |= {f"write/{axis}": torch.zeros(sizes.layers, sizes[axis]) for axis in set(writes.values()) if axis in sizes}
     if "expert_ffn" in sizes:
         shape = (sizes.layers, sizes.experts, sizes.expert_ffn)
         norms |= {f"{kind}/expert_ffn": torch.zeros(shape) for kind in ("weight", "write")}
     for name, tensor in teacher.tensors():
         formulas, (layer, local) = teacher.layout[name], family.split(name)
         if len(formulas) == 2:
-            squares = _squares(tensor)
-            _add_matrix(norms, squares, formulas, layer, sizes)
-            if layer is not None and local in writes:
-                norms[f"write/{writes[local]}"][layer] += squares[formulas.index(writes[local])]
+            _add_matrix(norms, _squares(tensor), formulas, layer, sizes)
         elif len(formulas) == 3 and formulas[0] == "experts" and layer is not None:
             for rows, part in tensor.numbered():
                 _add_experts(norms, part, formulas, layer, rows, sizes, writes=local.endswith(experts.WRITE))

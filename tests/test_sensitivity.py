@@ -1,0 +1,63 @@
+"""Gradients at what branches write, against what the loss does when that is changed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import for_each_kind
+
+from prunus import sensitivity as module
+from prunus.anatomy import layers_of
+from prunus.layerwise import branches_of
+from prunus.measure import measure
+from prunus.sensitivity import sensitivity
+
+
+@for_each_kind
+def test_every_write_of_every_layer_has_one(teacher, blocks):
+    model = teacher.module()
+    sketches = sensitivity(model, teacher.family, blocks)
+    places = [
+        (number, branch.write)
+        for number, layer in enumerate(layers_of(model))
+        for branch in branches_of(layer, teacher.family)
+        if branch.write
+    ]
+    assert sorted(sketches) == sorted(places)
+    assert all(sketch.isfinite().all() and sketch.norm() > 0 for sketch in sketches.values())
+    assert not any(each._forward_hooks for each in model.modules())
+
+
+def test_it_predicts_what_an_error_costs(llama, blocks, monkeypatch):
+    """½ E[(g·δ)²] against the divergence that noise on what one token of each block writes causes."""
+    monkeypatch.setattr(module, "ROWS", 4096)
+    model = llama.module()
+    sketch = sensitivity(llama.module(), llama.family, blocks)[2, "mlp.down_proj"]
+    tokens, positions = blocks.batch(list(range(len(blocks))))
+    generator = torch.Generator().manual_seed(1)
+
+    def logits(noise: float) -> torch.Tensor:
+        down = layers_of(model)[2].get_submodule("mlp.down_proj")
+        handle = down.register_forward_hook(lambda _, __, output: output + noise * delta)
+        with torch.no_grad():
+            found = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        handle.remove()
+        return found
+
+    predicted, measured = 0.0, 0.0
+    for _ in range(24):
+        delta = torch.zeros(*tokens.shape, llama.architecture.hidden)
+        place = int(torch.randint(tokens.shape[1], (1,), generator=generator))
+        delta[:, place] = torch.randn(len(tokens), llama.architecture.hidden, generator=generator)
+        base, moved = (logits(noise).log_softmax(-1) for noise in (0.0, 0.05))
+        measured += float(F.kl_div(moved, base, log_target=True, reduction="sum"))
+        predicted += 0.5 * float((0.05 * delta[:, place] @ sketch.T).square().sum())
+    assert measured == pytest.approx(predicted, rel=0.35)
+
+
+def test_neurons_are_weighed_by_it(llama, blocks):
+    """A write that the loss minds twice as much costs four times as much; with none known, the bare error counts."""
+    sketches = sensitivity(llama.module(), llama.family, blocks)
+    twice = {place: 2 * sketch for place, sketch in sketches.items()}
+    once, more, bare = (measure(llama, blocks, sketches=each).removal["ffn"] for each in (sketches, twice, None))
+    torch.testing.assert_close(more, 4 * once, rtol=1e-3, atol=1e-12)
+    assert not torch.allclose(bare.argsort(1).float(), once.argsort(1).float())
