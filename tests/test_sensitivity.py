@@ -1,5 +1,8 @@
 """Gradients at what branches write, against what the loss does when that is changed."""
 
+import math
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from conftest import for_each_kind
 
 from prunus import sensitivity as module
 from prunus.anatomy import layers_of
+from prunus.elimination import removal_errors
 from prunus.layerwise import branches_of
 from prunus.measure import measure
 from prunus.sensitivity import sensitivity
@@ -54,10 +58,21 @@ def test_it_predicts_what_an_error_costs(llama, blocks, monkeypatch):
     assert measured == pytest.approx(predicted, rel=0.35)
 
 
-def test_neurons_are_weighed_by_it(llama, blocks):
-    """A write that the loss minds twice as much costs four times as much; with none known, the bare error counts."""
-    sketches = sensitivity(llama.module(), llama.family, blocks)
-    twice = {place: 2 * sketch for place, sketch in sketches.items()}
-    once, more, bare = (measure(llama, blocks, sketches=each).removal["ffn"] for each in (sketches, twice, None))
-    torch.testing.assert_close(more, 4 * once, rtol=1e-3, atol=1e-12)
-    assert not torch.allclose(bare.argsort(1).float(), once.argsort(1).float())
+def test_neurons_are_weighed_by_it(llama, blocks, monkeypatch):
+    """Where the loss minds nothing but one channel, what is written there alone counts."""
+    only = torch.zeros(1, llama.architecture.hidden)
+    only[0, 3] = math.sqrt(2)
+    sketches = {(layer, branch.write): only for layer in range(4) for branch in llama.family.branches}
+    monkeypatch.setattr(sys.modules["prunus.measure"], "sensitivity", lambda *_: sketches)
+    found, bare = (measure(llama, blocks, gradients=gradients) for gradients in (True, False))
+    model = llama.module()
+    seen: list[torch.Tensor] = []
+    down = layers_of(model)[1].get_submodule("mlp.down_proj")
+    down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    tokens, positions = blocks.batch(list(range(len(blocks))))
+    with torch.no_grad():
+        model(input_ids=tokens, position_ids=positions, use_cache=False)
+    h_NF = torch.cat(seen)
+    expected = removal_errors(h_NF.T @ h_NF / len(h_NF), down.weight[3:4])
+    torch.testing.assert_close(found.removal["ffn"][1], expected, rtol=1e-2, atol=1e-9)
+    assert not torch.allclose(bare.removal["ffn"], found.removal["ffn"])

@@ -23,7 +23,7 @@ from prunus.elimination import removal_errors
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import load_tensors, save_tensors
-from prunus.sensitivity import Sketches
+from prunus.sensitivity import Sketches, sensitivity
 from prunus.source import Source, opened
 from prunus.weight_norms import HEADS, weight_norms
 
@@ -73,7 +73,7 @@ def measure(
     *,
     source: Source | None = None,
     grams: bool = True,
-    sketches: Sketches | None = None,
+    gradients: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Statistics of every width axis and of Block Influence, in one layer-by-layer pass without the output head.
@@ -83,10 +83,12 @@ def measure(
         source: where the teacher's layers are, if it is at hand; opened otherwise, on disk where memory is short.
         grams: also the Gram matrix of each FFN's neurons, for the "reconstruction" score. One is alive at a time;
             without them the pass costs about half as much.
-        sketches: from `sensitivity`, so that errors of what neurons write count as the loss minds them.
+        gradients: count errors of what neurons write as the loss minds them (`sensitivity`), which takes a backward
+            pass over a part of the text; not where the model is on disk.
         progress: called with the layers done and in all.
     """
     source, family = source or opened(teacher), teacher.family
+    sketches = sensitivity(source.model, family, blocks) if grams and gradients and source.whole else None
     with source.outer():
         batches = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
     count = teacher.architecture.layers

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, depth, hardware, hidden, importance, latency, parallel, results, text
+from prunus import architecture, console, cost, depth, hidden, importance, latency, parallel, results, text
 from prunus.budget import LIMITS, parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.distill import Progress, distill
@@ -25,16 +25,13 @@ from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Candidate, Search, Standing, legal_architectures, search
 from prunus.selection import check_legal, ranked_layers
-from prunus.sensitivity import Sketches, sensitivity
-from prunus.source import fits, opened
+from prunus.source import opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.tournament import tournament
 from prunus.trackers import Track, tracked
 
 FEW_DOCUMENTS = 100
 """With fewer, the tail of each is held out; a share of so few documents could be none."""
-GRADIENT_TOKENS = 16384
-"""Calibration tokens that gradients are taken of: a backward pass costs twice as much as a forward one."""
 
 
 def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None) -> Run:
@@ -137,11 +134,10 @@ def _side(part: Source, data: Data, render: Render | None, *, held_out: bool) ->
 def _measure(run: Run) -> None:
     """One pass over the calibration text."""
     options = run.recipe.measure
-    sketches = _sketches(run) if options.grams and options.gradients and fits(run.teacher) else None
-    source = opened(run.teacher)
+    source, gradients = opened(run.teacher), options.gradients
     with console.bar("layers", unit="layers") as step:
         statistics = measure(
-            run.teacher, run.calibration, source=source, grams=options.grams, sketches=sketches, progress=step
+            run.teacher, run.calibration, source=source, grams=options.grams, gradients=gradients, progress=step
         )
     for kind in depth.KINDS:
         if getattr(options, kind):
@@ -150,13 +146,6 @@ def _measure(run: Run) -> None:
                     kind, run.teacher, statistics, run.validation, source=source, progress=step
                 )
     save_statistics(statistics, run.path("measure"))
-
-
-def _sketches(run: Run) -> Sketches:
-    blocks = run.calibration.head(max(1, GRADIENT_TOKENS // run.recipe.data.block_size))
-    model = run.teacher.module(hardware.compute_dtype(), hardware.device())
-    with console.bar("gradients", unit="blocks") as step:
-        return sensitivity(model, run.teacher.family, blocks, progress=step)
 
 
 def _score(run: Run) -> None:

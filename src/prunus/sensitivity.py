@@ -9,7 +9,7 @@ Shapes: B blocks, S tokens of a block, O channels that a branch writes, K rows o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -22,7 +22,8 @@ from prunus.families import Family
 from prunus.head import head_of
 from prunus.layerwise import TokenBlocks
 
-BATCH_BLOCKS = 2
+BATCH_BLOCKS, TOKENS = 2, 8192
+"""Of the text so many tokens do: a backward pass costs twice as much as a forward one."""
 CHUNK_TOKENS = 256
 ROWS = 512
 """Of a sketch: norms measured through it are off by √(2/ROWS), 6 %."""
@@ -31,26 +32,22 @@ Sketches = Mapping[tuple[int, str], Tensor]
 """(layer, write projection) → R, float32 [K, O], with RᵀR ≈ E[g gᵀ]."""
 
 
-def sensitivity(
-    model: PreTrainedModel,
-    family: Family,
-    blocks: TokenBlocks,
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Sketches:
+def sensitivity(model: PreTrainedModel, family: Family, blocks: TokenBlocks) -> Sketches:
     """Sketches of the gradients at what each branch of each layer writes, before a post-norm if there is one.
 
     Random sums of the gradients instead of their products: K × O numbers for each branch, and not O × O.
 
     Args:
-        blocks: text that runs through the model; labels are drawn from what the model expects there.
+        blocks: text, of which the beginning runs through the model; labels are drawn from what the model expects.
     """
+    tokens_1S, _ = blocks.batch([0])
+    count = min(len(blocks), max(1, TOKENS // tokens_1S.shape[1]))
     device = next(anatomy.body_of(model).parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     sketches: dict[tuple[int, str], Tensor] = {}
     with _gradients(model, family) as gradients:
-        for start in range(0, len(blocks), BATCH_BLOCKS):
-            stop = min(start + BATCH_BLOCKS, len(blocks))
+        for start in range(0, count, BATCH_BLOCKS):
+            stop = min(start + BATCH_BLOCKS, count)
             tokens_BS, positions_BS = (part.to(device) for part in blocks.batch(list(range(start, stop))))
             _backward(model, tokens_BS, positions_BS, generator)
             for place, gradient in gradients.items():
@@ -58,8 +55,7 @@ def sensitivity(
                 signs_KN = torch.randint(0, 2, (ROWS, len(g_NO)), generator=generator, device=device) * 2.0 - 1
                 sketches[place] = sketches.get(place, 0) + signs_KN @ g_NO
             gradients.clear()
-            progress(stop, len(blocks))
-    return {place: sketch / (ROWS * _num_tokens(blocks)) ** 0.5 for place, sketch in sketches.items()}
+    return {place: sketch / (ROWS * tokens_1S.numel() * count) ** 0.5 for place, sketch in sketches.items()}
 
 
 @contextlib.contextmanager
@@ -107,8 +103,3 @@ def _head_gradient(model: PreTrainedModel, hidden_BSH: Tensor, generator: torch.
             loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
         gradients.append(torch.autograd.grad(loss, leaf_NH)[0])
     return torch.cat(gradients).view_as(hidden_BSH)
-
-
-def _num_tokens(blocks: TokenBlocks) -> int:
-    tokens_BS, _ = blocks.batch([0])
-    return len(blocks) * tokens_BS.shape[1]

@@ -30,6 +30,11 @@ class Source:
     def __init__(self, model: PreTrainedModel, filled: Fill, around: Iterable[str] = ()) -> None:
         self.model, self.filled, self.around = model, filled, tuple(around)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are there at once."""
+        return not any(weight.is_meta for weight in self.model.parameters())
+
     @contextlib.contextmanager
     def outer(self) -> Iterator[None]:
         """Inside, all that stands around the layers has its weights, but for the head."""
@@ -48,12 +53,8 @@ class Source:
 
 def opened(teacher: Checkpoint) -> Source:
     """A checkpoint on the device, or on disk where it would take much of the free memory."""
-    return in_memory(teacher.module(device=hardware.device())) if fits(teacher) else on_disk(teacher)
-
-
-def fits(teacher: Checkpoint) -> bool:
-    """Whether there is room for the model as a whole."""
-    return teacher.bytes <= SHARE_OF_MEMORY * hardware.free_memory()
+    fits = teacher.bytes <= SHARE_OF_MEMORY * hardware.free_memory()
+    return in_memory(teacher.module(device=hardware.device())) if fits else on_disk(teacher)
 
 
 def in_memory(model: PreTrainedModel) -> Source:
