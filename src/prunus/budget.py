@@ -166,8 +166,9 @@ def check_amount(text: str, suffixes: Mapping[str, int] = SUFFIXES) -> str:
 
 
 def parse_budget(
-    teacher: Checkpoint,
+    model: Checkpoint,
     *,
+    whole: Checkpoint | None = None,
     ranking: Sequence[int] | None = None,
     context: int = CONTEXT,
     rates: Mapping[str, float] | None = None,
@@ -176,28 +177,41 @@ def parse_budget(
     """A budget from `params="0.7x"`, `params="95M"`, `memory="180MB"` and so on; see `LIMITS`.
 
     Args:
+        model: what is cut.
+        whole: what shares are shares of, if that is another: the teacher of a student that is cut further.
         ranking: layers in the order in which they stay (see `cost.shapes`).
         context: tokens of the KV cache.
         rates: see `Costs`; a limit of latency needs them.
         limits: those that are None do not count.
     Raises:
-        BadRecipe: none at all, not a quantity, or not below the teacher's own.
+        BadRecipe: none at all, not a quantity, or not below the model's own.
     """
     given = {kind: text for kind, text in limits.items() if text is not None}
     if not given:
         raise BadRecipe(f"give a budget: {', '.join(LIMITS)}, or several of them (or an explicit arch)")
-    shapes = cost.shapes(teacher.family, teacher.layout, ranking)
-    costs = Costs(teacher.family, shapes, teacher.dtype.itemsize, context, rates or {})
-    return Budget(costs, tuple(_limit(kind, text, costs, teacher.architecture) for kind, text in given.items()))
+    costs = _costs_of(model, context, rates, ranking)
+    mine = {kind: LIMITS[kind].of(costs, model.architecture) for kind in given}
+    theirs = mine
+    if whole is not None:
+        theirs = {kind: LIMITS[kind].of(_costs_of(whole, context, rates), whole.architecture) for kind in given}
+    return Budget(costs, tuple(_limit(kind, text, mine[kind], theirs[kind]) for kind, text in given.items()))
 
 
-def _limit(kind: str, text: str, costs: Costs, teacher: Architecture) -> Limit:
-    suffixes, whole = LIMITS[kind].suffixes, LIMITS[kind].of(costs, teacher)
+def _costs_of(
+    model: Checkpoint, context: int, rates: Mapping[str, float] | None, ranking: Sequence[int] | None = None
+) -> Costs:
+    shapes = cost.shapes(model.family, model.layout, ranking)
+    return Costs(model.family, shapes, model.dtype.itemsize, context, rates or {})
+
+
+def _limit(kind: str, text: str, most: int, whole: int) -> Limit:
+    """Args: `most` that the model has, `whole` that shares are of."""
+    suffixes = LIMITS[kind].suffixes
     try:
         share = parse_share(check_amount(text, suffixes))
     except ValueError as error:
         raise BadRecipe(f"{kind}: {error}") from error
     target = round(share * whole if share is not None else parse_quantity(text, suffixes))
-    if not 0 < target <= whole:
-        raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {whole:,}; pruning only removes")
+    if not 0 < target <= most:
+        raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {most:,}; pruning only removes")
     return Limit(kind, text, target)

@@ -40,6 +40,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def share(folder: Path, to: Path) -> None:
+    """The same files under another name: links, or copies where the disk knows none."""
+    with atomic_folder(to) as partial:
+        shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(file: str, to: str) -> None:
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)
+
+
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """A file that appears whole or not at all. Raises BadOutput when the disk is full."""

@@ -46,13 +46,15 @@ class Pairs:
     scale: float = 1.0
 
 
-def pairs(student: Checkpoint, teacher: Checkpoint, *, count: int) -> Pairs:
+def pairs(student: Checkpoint, teacher: Checkpoint, *, count: int, cut: bool = True) -> Pairs:
     """`pairs_of_cut` of a student that a cut made, otherwise layers at the same share of the depth, with projectors.
 
+    Args:
+        cut: whether a student that a cut made was cut out of this teacher.
     Raises:
         BadCheckpoint: as `pairs_of_cut`.
     """
-    if (student.folder / KEPT_FILE).exists():
+    if cut and (student.folder / KEPT_FILE).exists():
         return pairs_of_cut(student, teacher, count=count)
     mine, theirs = student.architecture.layers, teacher.architecture.layers
     behind = [math.ceil((layer + 1) * theirs / mine) - 1 for layer in range(mine)]

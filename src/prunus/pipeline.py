@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -15,16 +16,29 @@ from prunus.checkpoint import Checkpoint, load
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadRecipe
-from prunus.files import atomic_file
+from prunus.files import atomic_file, share
 from prunus.measure import measure, save_statistics
 from prunus.prune import prune
 from prunus.recipe import STAGES, Data, Recipe, Source
-from prunus.report import model_card, write_report
-from prunus.run import BASELINE, TEACHER_CACHE, TOURNAMENT, Run, claim, open_run, write_json
+from prunus.report import model_card, write_family, write_report
+from prunus.run import (
+    BASELINE,
+    LARGER,
+    TEACHER_CACHE,
+    TEXT,
+    TOURNAMENT,
+    Run,
+    check_folder,
+    claim,
+    open_run,
+    write_json,
+    write_recipe,
+)
 from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Candidate, Search, Standing, legal_architectures, search
 from prunus.selection import check_legal, ranked_layers
+from prunus.sizes import members
 from prunus.source import opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.tournament import tournament
@@ -34,23 +48,61 @@ FEW_DOCUMENTS = 100
 """With fewer, the tail of each is held out; a share of so few documents could be none."""
 
 
-def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None) -> Run:
+def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None, beside: Path | None = None) -> Run:
     """Do every stage that is not done yet, up to `recipe.stop_after`.
 
     Args:
         recipe: everything the run depends on.
         redo, redo_stage: see `run.claim`.
+        beside: a run whose text and whose cache of the teacher this one shares.
     Returns:
         the run; its files hold the results.
     """
+    if len(recipe.sizes) > 1:
+        return _several(recipe, redo, redo_stage)
     run = open_run(recipe)
     _check_goal(run)
     with contextlib.ExitStack() as stack:
         parallel.first_alone(lambda: stack.enter_context(claim(run, redo=redo, redo_stage=redo_stage)))
+        if beside is not None:
+            parallel.first_alone(lambda: _share(run, beside))
         for stage in STAGES[: STAGES.index(recipe.stop_after) + 1]:
             if not parallel.first_says(run.finished(stage)) or stage == "report":
+                if stage == "measure":
+                    _make_larger(run)
                 _do(stage, run)
         return run
+
+
+def _share(run: Run, beside: Path) -> None:
+    names = [TEXT, *([TEACHER_CACHE] if run.recipe.distill.teacher_cache else [])]
+    for name in names:
+        if (beside / name).is_dir() and not (run.root / name).exists():
+            share(beside / name, run.root / name)
+
+
+def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
+    """A run for each size, on the same text and taught by the same teacher; the last is the smallest."""
+    root, runs = check_folder(Path(recipe.to)), list[Run]()
+    parallel.first_alone(lambda: write_recipe(recipe, root))
+    for member in members(recipe):
+        runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
+    if recipe.stop_after == "report":
+        family = results.family(runs)
+        parallel.first_alone(lambda: write_json(root / "family.json", family))
+        parallel.first_alone(lambda: write_family(family, root / "report.html"))
+    return runs[-1]
+
+
+def _make_larger(run: Run) -> None:
+    """Where one cut would take too much: the student of the round before, a run of its own on the same text."""
+    recipe, larger = run.larger, run.root / LARGER
+    if recipe is None:
+        shutil.rmtree(larger, ignore_errors=True)  # of an earlier recipe
+        return
+    compress(recipe, redo=True, beside=run.root)
+    if recipe.distill.teacher_cache is not None:
+        parallel.first_alone(lambda: share(larger / TEACHER_CACHE, run.root / TEACHER_CACHE))
 
 
 def _do(stage: str, run: Run) -> None:
@@ -69,15 +121,15 @@ def _do(stage: str, run: Run) -> None:
 
 def _check_goal(run: Run) -> None:
     """Refuse an architecture or budget that cannot be had before hours of work, or of results, are spent on it."""
-    recipe, teacher = run.recipe, run.teacher
+    recipe, model = run.recipe, run.first
     if recipe.arch is not None:
-        target = architecture.parse(recipe.arch, teacher.architecture)
-        check_legal(teacher.family, teacher.architecture, target)
+        target = architecture.parse(recipe.arch, model.architecture)
+        check_legal(model.family, model.architecture, target)
     else:
         known = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
         if any(known[kind] for kind in LIMITS):
-            budget = parse_budget(teacher, **known)
-            legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
+            budget = parse_budget(model, whole=run.teacher, **known)
+            legal_architectures(model.family, model.architecture, budget, tolerance=recipe.search.tolerance)
 
 
 def _text(run: Run) -> None:
@@ -100,7 +152,7 @@ def _text(run: Run) -> None:
         }
     labels = {"train": data.label, "heldout": data.heldout or data.label}
     for name, most in {"train": limit, "heldout": data.heldout_tokens}.items():
-        to = run.root / "0-text" / name
+        to = run.root / TEXT / name
         if not to.exists():
             with console.bar(f"{name} text", unit="tokens") as step:
                 text.tokenise(
@@ -134,16 +186,16 @@ def _side(part: Source, data: Data, render: Render | None, *, held_out: bool) ->
 def _measure(run: Run) -> None:
     """One pass over the calibration text."""
     options = run.recipe.measure
-    source, gradients = opened(run.teacher), options.gradients
+    source, gradients = opened(run.parent), options.gradients
     with console.bar("layers", unit="layers") as step:
         statistics = measure(
-            run.teacher, run.calibration, source=source, grams=options.grams, gradients=gradients, progress=step
+            run.parent, run.calibration, source=source, grams=options.grams, gradients=gradients, progress=step
         )
     for kind in depth.KINDS:
         if getattr(options, kind):
             with console.bar(kind.replace("_", " "), unit="layers") as step:
                 statistics = depth.with_depth(
-                    kind, run.teacher, statistics, run.validation, source=source, progress=step
+                    kind, run.parent, statistics, run.validation, source=source, progress=step
                 )
     save_statistics(statistics, run.path("measure"))
 
@@ -156,15 +208,15 @@ def _search(run: Run) -> None:
     """Find the architecture, unless the recipe names it."""
     recipe = run.recipe
     if recipe.arch is not None:
-        named = architecture.parse(recipe.arch, run.teacher.architecture)
-        write_json(run.path("search"), results.explicit(run.teacher, named, run.scores))
+        named = architecture.parse(recipe.arch, run.parent.architecture)
+        write_json(run.path("search"), results.explicit(run.parent, named, run.scores))
         return
-    ranking = ranked_layers(run.scores, run.teacher.architecture)
+    ranking = ranked_layers(run.scores, run.parent.architecture)
     rates = _rates(run) if recipe.latency else None
-    budget = parse_budget(run.teacher, ranking=ranking, rates=rates, **recipe.limits)
+    budget = parse_budget(run.parent, whole=run.teacher, ranking=ranking, rates=rates, **recipe.limits)
     with console.bar("probes and candidates", unit="models") as step:
         found: Search = search(
-            run.teacher,
+            run.parent,
             run.scores,
             budget,
             calibration=run.calibration,
@@ -178,8 +230,8 @@ def _search(run: Run) -> None:
     if recipe.search.tokens:
         found = found.ordered(_tournament(run, found))
     if recipe.latency:
-        found = found.with_best(latency.tuned(run.teacher, run.scores, budget, found.best.architecture), budget)
-    write_json(run.path("search"), results.searched(found, run.teacher, budget))
+        found = found.with_best(latency.tuned(run.parent, run.scores, budget, found.best.architecture), budget)
+    write_json(run.path("search"), results.searched(found, run.parent, budget))
     shutil.rmtree(run.root / TOURNAMENT, ignore_errors=True)
 
 
@@ -207,23 +259,23 @@ def _candidate(run: Run, candidate: Candidate, to: Path) -> Checkpoint:
     if to.is_dir():
         return load(to)
     calibration = run.calibration if run.recipe.prune.repair else None
-    return prune(run.teacher, run.scores, candidate.architecture, to=to, calibration=calibration)
+    return prune(run.parent, run.scores, candidate.architecture, to=to, calibration=calibration)
 
 
 def _rates(run: Run) -> dict[str, float]:
     with console.bar("timing", unit="models") as step:
-        return latency.measured_rates(run.teacher, run.scores, progress=step)
+        return latency.measured_rates(run.parent, run.scores, progress=step)
 
 
 def _prune(run: Run) -> None:
     """Cut, repair, write, compare."""
-    options, target = run.recipe.prune, results.chosen(run.candidates, run.teacher)
-    ranking = ranked_layers(run.scores, run.teacher.architecture)
-    parameters = cost.parameters(run.teacher.family, run.teacher.layout, target, ranking)
-    run.require_space(1.1 * parameters * run.teacher.dtype.itemsize, "the pruned model")
+    options, target = run.recipe.prune, results.chosen(run.candidates, run.parent)
+    ranking = ranked_layers(run.scores, run.parent.architecture)
+    parameters = cost.parameters(run.parent.family, run.parent.layout, target, ranking)
+    run.require_space(1.1 * parameters * run.parent.dtype.itemsize, "the pruned model")
     with console.bar("repair", unit="layers") as step:
         prune(
-            run.teacher,
+            run.parent,
             run.scores,
             target,
             to=run.path("prune"),
@@ -239,12 +291,14 @@ def _distill(run: Run) -> None:
     """Train the student on its teacher; with `baseline` also its shape from random weights."""
     options = run.recipe.distill
     settings = Settings(**options.hyperparameters())
+    if run.rounds > 1:  # the earlier ones had theirs
+        settings = replace(settings, tokens=(settings.tokens or run.train.num_tokens) // run.rounds)
     # The result, and float32 weights with Adam's two moments while it is under way.
     run.require_space(run.pruned.bytes + 12 * run.pruned.parameters, "distillation")
     teacher = run.teacher if options.teacher_cache is None else _teacher_cache(run, options.teacher_cache)
     pairs = None
     if settings.hidden_loss is not None:
-        pairs = hidden.pairs(run.pruned, run.teacher, count=settings.hidden_layers)
+        pairs = hidden.pairs(run.pruned, run.teacher, count=settings.hidden_layers, cut=run.parent is run.teacher)
     starts = {run.path("distill"): False} | ({run.root / BASELINE: True} if run.recipe.baseline else {})
     for to, random_init in starts.items():
         if to.exists():
@@ -268,7 +322,8 @@ def _distill(run: Run) -> None:
 
 
 def _teacher_cache(run: Run, kind: str) -> Cache:
-    """What the teacher says of the training text, written once and read by every training of this run."""
+    """What the teacher says of the training text, written once and read by every training of this run, and of others
+    on the same text: its samples do not depend on the seed of a training."""
     options, folder = run.recipe.distill, run.root / TEACHER_CACHE
 
     def write() -> None:
@@ -278,7 +333,6 @@ def _teacher_cache(run: Run, kind: str) -> Cache:
             kind=kind,
             per_token=options.cache_per_token,
             temperature=options.temperature,
-            seed=options.seed,
         )
         if folder.is_dir() and differences(folder, wanted):
             shutil.rmtree(folder)  # of an earlier recipe of this run

@@ -41,6 +41,11 @@ Amount = Annotated[
     AfterValidator(check_amount),
 ]
 
+Amounts = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
+    AfterValidator(lambda value: ",".join(check_amount(part.strip()) for part in value.split(","))),
+]
 Time = Annotated[str, AfterValidator(lambda value: check_amount(value, TIMES))]
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -223,7 +228,10 @@ class Recipe(Section):
 
     model: str = Field(description="folder, hub id or .gguf file")
     to: str = Field(description="run directory")
-    params: Amount | None = Field(None, description="budget of parameters: 0.7x or 95M")
+    start: str | None = Field(
+        None, description="an earlier student of `model`, which is cut instead of it; `model` teaches"
+    )
+    params: Amounts | None = Field(None, description="budget of parameters: 0.7x or 95M; several: 0.75x,0.5x")
     memory: Amount | None = Field(None, description="budget of weights + KV cache: 0.7x or 180MB")
     weights: Amount | None = Field(None, description="budget of bytes of the weights: 0.7x or 180MB")
     kv_cache: Amount | None = Field(None, description="budget of bytes of the KV cache: 0.5x or 40MB")
@@ -231,6 +239,9 @@ class Recipe(Section):
     latency: Time | None = Field(None, description="budget of time per generated token on this machine: 0.6x or 40ms")
     context: Count = Field(CONTEXT, description="tokens of the KV cache that a budget counts")
     arch: str | None = Field(None, description="explicit sizes: hidden=512,ffn=1024,…")
+    rounds: bool = Field(
+        True, description="cut more than a third of the parameters in rounds, with distillation between"
+    )
     uneven: bool = Field(False, description="layers may lose their attention alone; `layers` counts branches then")
     data: Data
     measure: Measure = Measure()
@@ -243,6 +254,11 @@ class Recipe(Section):
     stop_after: Stage = "report"
 
     @property
+    def sizes(self) -> list[str]:
+        """The budgets of parameters, where there are several."""
+        return [size.strip() for size in (self.params or "").split(",")]
+
+    @property
     def limits(self) -> dict[str, Any]:
         """What `budget.parse_budget` is given."""
         return {kind: getattr(self, kind) for kind in LIMITS} | {"context": self.context}
@@ -250,6 +266,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         mistake = _budget_mistake(vars(self))
+        if mistake is None and len(self.sizes) > 1 and len(given := _given(vars(self))) > 1:
+            mistake = f"params gives several sizes, which {' and '.join(given[1:])} cannot be combined with"
         if mistake is None and self.score.ffn == "reconstruction" and not self.measure.grams:
             mistake = "score.ffn: reconstruction needs measure.grams: true, or choose another score"
         for score in ("leave_one_out", "iterative"):
@@ -265,10 +283,14 @@ class Recipe(Section):
 
 
 def _budget_mistake(values: Mapping[str, Any]) -> str | None:
-    given = [name for name in LIMITS if values.get(name) is not None]
+    given = _given(values)
     if values.get("arch") is not None:
         return f"arch says all sizes, so there is nothing left for {' and '.join(given)} to decide" if given else None
     return None if given else f"a budget is needed: one or several of {', '.join(LIMITS)}; or arch"
+
+
+def _given(values: Mapping[str, Any]) -> list[str]:
+    return [name for name in LIMITS if values.get(name) is not None]
 
 
 def parse(values: Mapping[str, Any], *, source: str) -> Recipe:

@@ -36,7 +36,13 @@ FIELDS: dict[str, tuple[str, Callable[[float | None], str], str]] = {
 """What is known of a model → its name, form and note on the page."""
 COMPARISONS = ("kl_to_teacher", "top1_agreement")
 """Fields that compare with the teacher, so that student / teacher says nothing more."""
+SIZE_FIELDS = [
+    (key, FIELDS[key])
+    for key in ("parameters", "bytes", "flops_per_token", "perplexity", "kl_to_teacher", "decode_tokens_per_second")
+]
+"""Columns of the page of several sizes."""
 COSTS = {
+    "weights": ("bytes of the weights", formats.byte_size),
     "memory": ("weights and KV cache", formats.byte_size),
     "flops": ("FLOPs per token", formats.count),
     "latency": ("ms per generated token", lambda microseconds: formats.number(microseconds / 1000)),
@@ -55,6 +61,38 @@ def write_report(report: Report, to: Path) -> None:
     """
     report = complete(report)
     html = _templates().get_template("report.html.jinja").render(_words(report) | _pictures(report))
+    with atomic_file(to) as partial:
+        partial.write_text(html, encoding="utf-8")
+
+
+def write_family(family: Report, to: Path) -> None:
+    """The page of several sizes of one teacher, as `write_report`.
+
+    Args:
+        family: the content of `family.json`.
+    """
+    everyone = [family["teacher"], *family["sizes"]]
+    rows = [
+        {"name": each["name"], "page": each["page"], "cells": [form(each[key]) for key, (_, form, _) in SIZE_FIELDS]}
+        for each in everyone
+    ]
+    tried = [
+        {
+            "teacher": not number,
+            "chosen": False,
+            "measured": {"loss": each["loss"]},
+            "costs": {"weights": each["bytes"], "flops": each["flops_per_token"]},
+        }
+        for number, each in enumerate(everyone)
+    ]
+    words = {
+        "teacher": family["teacher"],
+        "sizes": family["sizes"],
+        "columns": [title for _, (title, _, _) in SIZE_FIELDS],
+        "rows": rows,
+        "pareto": pictures.pareto(tried, {kind: COSTS[kind] for kind in ("weights", "flops")}),
+    }
+    html = _templates().get_template("family.html.jinja").render(words)
     with atomic_file(to) as partial:
         partial.write_text(html, encoding="utf-8")
 
@@ -264,7 +302,9 @@ def _samples(report: Report) -> list[dict[str, Any]]:
 
 def _provenance(report: Report) -> list[tuple[str, str]]:
     facts = [("prunus", report["prunus"]), *report["versions"].items()]
-    for who in ("teacher", "student"):
+    for who in ("teacher", "parent", "student"):
+        if not report[who]:
+            continue
         facts += [(who, report[who].get("name")), (f"{who} sha256", report[who].get("fingerprint"))]
     texts = _texts(report)
     facts += [(f"{use} text", f"{texts[use]} · {text['fingerprint']}") for use, text in report["text"].items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -162,7 +162,7 @@ def _models(run: Run) -> tuple[dict[str, PreTrainedModel], dict[str, tuple[int, 
     models = {key: checkpoint.module(dtype, device) for key, checkpoint in checkpoints.items()}
     sizes = {key: (checkpoint.parameters, checkpoint.bytes) for key, checkpoint in checkpoints.items()}
     if run.recipe.prune.repair or run.recipe.prune.norm_correction:
-        plain = cut(run.teacher, run.scores, run.pruned.architecture, norm_correction=False)
+        plain = cut(run.parent, run.scores, run.pruned.architecture, norm_correction=False)
         models["cut"], sizes["cut"] = hardware.place(build(plain, dtype), device=device), sizes["repaired"]
     return {key: models[key] for key in LABELS if key in models}, sizes
 
@@ -179,6 +179,7 @@ def collect(run: Run) -> dict[str, Any]:
         "versions": versions(),
         "recipe": run.recipe.model_dump(mode="json"),
         "teacher": model_facts(run.teacher),
+        "parent": model_facts(run.parent) if run.finished("measure") and run.parent is not run.teacher else None,
         "student": model_facts(student) if student else None,
         "budget": searched and _budget(searched["budget"], student),
         "text": {name: _text(blocks) for name, blocks in _texts(run).items()},
@@ -192,6 +193,36 @@ def collect(run: Run) -> dict[str, Any]:
         "stages": [{"name": name, "seconds": entry["seconds"]} for name, entry in run.log["stages"].items()],
         "warnings": [],
     }
+
+
+def family(runs: Sequence[Run]) -> dict[str, Any]:
+    """family.json: the teacher and each size, with what was measured of them."""
+    reports = [read_json(run.root / "5-report.json") for run in runs]
+    folders = [run.root.name for run in runs]
+    teacher = next(model for model in reports[0]["models"] if model["key"] == "teacher")
+    members = [
+        {"name": name, "page": f"{name}/report.html", **_last(report)}
+        for name, report in zip(folders, reports, strict=True)
+    ]
+    return {
+        "created": datetime.now(UTC).isoformat("T", "seconds"),
+        "teacher": {"name": reports[0]["teacher"]["name"], "page": None, **_costs_and(teacher, reports[0]["teacher"])},
+        "sizes": members,
+    }
+
+
+def _last(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of the student that the run ended with."""
+    model = next(m for m in reversed(report["models"]) if m["key"] in ("repaired", "distilled"))
+    seconds = sum(stage["seconds"] for stage in report["stages"])
+    trained = (report["training"] or {}).get("tokens")
+    return {**_costs_and(model, report["student"]), "training_tokens": trained, "seconds": seconds}
+
+
+def _costs_and(model: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    quality = ("loss", "perplexity", "kl_to_teacher", "top1_agreement", "decode_tokens_per_second")
+    costs = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
+    return {key: model.get(key) for key in quality} | {key: facts[key] for key in costs}
 
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -245,7 +276,7 @@ def show(run: Run) -> None:
         out.print(table)
     elif run.finished("search"):
         entry = next(entry for entry in run.candidates["candidates"] if entry["chosen"])
-        out.print(f"{chosen(run.candidates, run.teacher)}: {entry['parameters']:,} parameters")
+        out.print(f"{chosen(run.candidates, run.parent)}: {entry['parameters']:,} parameters")
     if run.finished("search") and (note := run.candidates["budget"]["note"]):
         out.print(f"Note: {note}")
     last = max((stage for stage in STAGES if run.finished(stage)), key=STAGES.index)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from prunus import console
 from prunus import recipe as recipes
-from prunus.budget import LIMITS
+from prunus.budget import LIMITS, parse_budget
 from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import training_state
 from prunus.errors import BadOutput, PrunusError
@@ -34,8 +35,9 @@ from prunus.recipe import STAGES, Recipe
 from prunus.scores import Scores, load_scores
 from prunus.text import Blocks, load_blocks, order
 
+TEXT = "0-text"
 OUTPUTS = {
-    "text": ("0-text/train", "0-text/heldout"),
+    "text": (f"{TEXT}/train", f"{TEXT}/heldout"),
     "measure": ("1-statistics.safetensors",),
     "score": ("1-scores.safetensors",),
     "search": ("2-candidates.json",),
@@ -44,12 +46,16 @@ OUTPUTS = {
     "evaluate": ("5-evaluation.json",),
     "report": ("5-report.json", "report.html"),
 }
+LARGER = "0-larger"
+"""The run of the larger student that this one is cut out of, where a cut of more than a third goes in rounds."""
+LARGEST_CUT = 1 / 3
+"""Share of the parameters that one cut takes at most; more goes in rounds (Minitron, arXiv:2407.14679, sec. 4)."""
 BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
 TOURNAMENT = ".tournament"
 DEPENDS_ON = {
     "text": ("model", "data", "distill.tokens", "measure.tokens"),
-    "measure": ("uneven", "measure", "distill.seed"),
+    "measure": ("start", "uneven", "measure", "distill.seed"),
     "score": ("score",),
     "search": (*LIMITS, "context", "arch", "search"),
     "prune": ("prune",),
@@ -85,8 +91,51 @@ class Run:
         return teacher
 
     @functools.cached_property
+    def parent(self) -> Checkpoint:
+        """What is cut: the teacher, or an earlier student of it."""
+        return self.first if self.larger is None else load(self.root / LARGER / OUTPUTS["distill"][-1])
+
+    @functools.cached_property
+    def first(self) -> Checkpoint:
+        """What the first round cuts."""
+        return self.teacher if self.recipe.start is None else load(self.recipe.start)
+
+    @functools.cached_property
+    def rounds(self) -> int:
+        """Cuts, with training between, that lead to the parameters asked for."""
+        return self._rounds[0]
+
+    @functools.cached_property
+    def _rounds(self) -> tuple[int, int]:
+        """Their number, and the parameters at the end of the last but one."""
+        if not self.recipe.rounds or self.recipe.params is None:
+            return 1, 0
+        (limit,) = parse_budget(self.first, whole=self.teacher, params=self.recipe.params).limits
+        share = limit.target / self.first.parameters
+        count = max(1, math.ceil(math.log(share) / math.log(1 - LARGEST_CUT) - 1e-6))
+        return count, round(limit.target / share ** (1 / count))
+
+    @property
+    def larger(self) -> Recipe | None:
+        """The recipe of the round before the last: a run of its own that ends with its training."""
+        count, parameters = self._rounds
+        if count == 1:
+            return None
+        values = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in LIMITS}
+        tokens = (self.recipe.distill.tokens or self.train.num_tokens) * (count - 1) // count
+        changes = {
+            "params": str(parameters),
+            "to": str(self.root / LARGER),
+            "distill.tokens": tokens,
+            "distill.seed": self.recipe.distill.seed + 1,
+            "baseline": False,
+            "stop_after": "distill",
+        }
+        return recipes.parse(recipes.override(values, changes), source=str(self.root))
+
+    @functools.cached_property
     def train(self) -> Blocks:
-        return load_blocks(self.root / "0-text/train")
+        return load_blocks(self.root / TEXT / "train")
 
     @functools.cached_property
     def calibration(self) -> Blocks:
@@ -100,7 +149,7 @@ class Run:
 
     @functools.cached_property
     def _heldout(self) -> Blocks:
-        return load_blocks(self.root / "0-text/heldout")
+        return load_blocks(self.root / TEXT / "heldout")
 
     @functools.cached_property
     def validation(self) -> Blocks:
@@ -184,7 +233,14 @@ def open_run(recipe: Recipe) -> Run:
         BadOutput: its directory holds other files, or results of another teacher.
         BadCheckpoint, UnsupportedModel: see `checkpoint.load`.
     """
-    root = Path(recipe.to)
+    run = Run(check_folder(Path(recipe.to)), recipe)
+    if run.log.get("teacher") not in (None, run.teacher.fingerprint):
+        raise BadOutput(f"{run.root} was made with other weights of {recipe.model}; give a new folder with --to")
+    return run
+
+
+def check_folder(root: Path) -> Path:
+    """A folder for runs, which need not be there yet. Raises BadOutput if it holds what Prunus did not write."""
     if root.exists() and not root.is_dir():
         raise BadOutput(f"{root} is a file; give a folder")
     visible = [path.name for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
@@ -193,10 +249,12 @@ def open_run(recipe: Recipe) -> Run:
             f"{root} holds files that Prunus did not write ({', '.join(sorted(visible)[:3])}). "
             "Give a new folder with --to."
         )
-    run = Run(root, recipe)
-    if run.log.get("teacher") not in (None, run.teacher.fingerprint):
-        raise BadOutput(f"{root} was made with other weights of {recipe.model}; give a new folder with --to")
-    return run
+    return root
+
+
+def write_recipe(recipe: Recipe, root: Path) -> None:
+    with atomic_file(root / "recipe.yaml") as partial:
+        partial.write_text(recipes.to_yaml(recipe))
 
 
 @contextlib.contextmanager
@@ -217,8 +275,7 @@ def claim(run: Run, *, redo: bool = False, redo_stage: str | None = None) -> Ite
             if not created:
                 _reconcile(run, redo, redo_stage)
             _remove_leftovers(root)
-            with atomic_file(root / "recipe.yaml") as partial:
-                partial.write_text(recipes.to_yaml(run.recipe))
+            write_recipe(run.recipe, root)
             write_json(root / "run.json", run.log | {"teacher": run.teacher.fingerprint})
             yield
     except Timeout as error:
@@ -234,6 +291,8 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
     """Remove what the changed recipe makes stale, if the user allows it."""
     old = recipes.parse(recipes.read_yaml(run.root / "recipe.yaml"), source=str(run.root / "recipe.yaml"))
     changed = {stage: keys for stage in STAGES if (keys := _changed_keys(stage, old, run.recipe))}
+    if _other_rounds(run, old):
+        changed["measure"] = [*changed.get("measure", []), "rounds"]
     stale_from = min((STAGES.index(stage) for stage in changed), default=len(STAGES))
     stale = [stage for stage in STAGES[stale_from:] if any(_begun(run.root / name) for name in OUTPUTS[stage])]
     if stale and not redo:
@@ -250,6 +309,12 @@ def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
         _remove(run.root, (*OUTPUTS[stage], *((BASELINE,) if stage == "distill" else ())))
     if run.recipe.baseline and not (run.root / BASELINE).exists():
         _remove(run.root, (*OUTPUTS["evaluate"], *OUTPUTS["report"]))  # they lack the baseline, which is wanted now
+
+
+def _other_rounds(run: Run, old: Recipe) -> bool:
+    """Whether another recipe cuts something else in its last round."""
+    same = all(getattr(old, key) == getattr(run.recipe, key) for key in ("start", "params", "rounds"))
+    return not same and Run(run.root, old)._rounds != run._rounds
 
 
 def _begun(output: Path) -> bool:

@@ -19,7 +19,7 @@ Report = Mapping[str, Any]
 PARTS = {
     str: ("prunus", "created"),
     dict: (
-        *("versions", "recipe", "teacher", "student", "budget"),
+        *("versions", "recipe", "teacher", "parent", "student", "budget"),
         *("text", "scores", "kept", "candidate_teacher", "training"),
     ),
     list: ("candidates", "models", "samples", "stages", "warnings"),

@@ -1,0 +1,30 @@
+"""Several sizes of one teacher behind one command: which runs these are, and in what order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunus import recipe as recipes
+from prunus.budget import parse_budget
+from prunus.checkpoint import load
+from prunus.recipe import STAGES, Recipe
+from prunus.run import OUTPUTS
+
+
+def members(recipe: Recipe) -> list[Recipe]:
+    """A recipe for each size, in a folder of its own: the largest first, every other cut out of the one before it.
+
+    A larger one is trained however early the run is to stop, unless it is the last.
+    """
+    teacher, values = load(recipe.model, uneven=recipe.uneven), recipe.model_dump(mode="json")
+    parameters = {size: parse_budget(teacher, params=size).limits[0].target for size in recipe.sizes}
+    found: list[Recipe] = []
+    for size in sorted(parameters, key=lambda size: parameters[size], reverse=True):
+        changes: dict[str, Any] = {"params": size, "to": str(Path(recipe.to) / size)}
+        if found:
+            changes["start"] = str(Path(found[-1].to) / OUTPUTS["distill"][-1])
+        found.append(recipes.parse(recipes.override(values, changes), source=recipe.to))
+    early = STAGES.index(recipe.stop_after) < STAGES.index("distill")
+    others = [each.model_copy(update={"stop_after": "distill"}) if early else each for each in found[:-1]]
+    return [*others, found[-1]]

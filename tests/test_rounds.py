@@ -1,0 +1,118 @@
+"""Cuts of more than a third in rounds, and several sizes in one run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+from test_pipeline import make_recipe
+
+from prunus import recipe
+from prunus.checkpoint import load
+from prunus.errors import BadOutput, BadRecipe
+from prunus.pipeline import compress
+from prunus.run import LARGER, Run, is_run
+from prunus.sizes import members
+
+
+@pytest.mark.parametrize(("params", "rounds"), [("0.9x", 1), ("0.67x", 1), ("0.66x", 2), ("0.45x", 2), ("0.4x", 3)])
+def test_no_round_takes_more_than_a_third(whole_model, corpus, tmp_path, params, rounds):
+    run = Run(tmp_path, make_recipe(whole_model, corpus, tmp_path, params=params, distill={"tokens": 6000}))
+    sizes, before = [run.teacher.parameters], run
+    assert run.rounds == rounds
+    parts = []
+    while before.larger is not None:
+        parts.append(before.larger)
+        before = Run(tmp_path, before.larger)
+    sizes += [int(part.params) for part in reversed(parts)]
+    sizes.append(round(float(params[:-1]) * run.teacher.parameters))
+    assert all(small >= 0.66 * large for large, small in zip(sizes, sizes[1:], strict=False))
+    assert [part.distill.tokens for part in parts] == [6000 * n // rounds for n in range(rounds - 1, 0, -1)]
+    assert Run(tmp_path, run.recipe.model_copy(update={"rounds": False})).rounds == 1
+
+
+@pytest.fixture(scope="module")
+def in_rounds(whole_model, corpus, tmp_path_factory) -> Run:
+    settings = SMALL["distill"] | {"teacher_cache": "samples"}
+    to = tmp_path_factory.mktemp("rounds") / "run"
+    return compress(make_recipe(whole_model, corpus, to, params="0.5x", distill=settings))
+
+
+def test_a_large_cut_leads_over_a_larger_student(in_rounds):
+    larger, student = load(in_rounds.root / LARGER / "4-distilled"), load(in_rounds.root / "4-distilled")
+    teacher = in_rounds.teacher
+    assert larger.parameters == pytest.approx(2**-0.5 * teacher.parameters, rel=0.02)
+    assert student.parameters == pytest.approx(0.5 * teacher.parameters, rel=0.02)
+    assert in_rounds.parent.fingerprint == larger.fingerprint
+    assert in_rounds.statistics.provenance["teacher"] == larger.fingerprint
+    report = json.loads((in_rounds.root / "5-report.json").read_text())
+    assert report["teacher"]["fingerprint"] == teacher.fingerprint
+    assert report["parent"]["fingerprint"] == larger.fingerprint
+    assert larger.fingerprint in (in_rounds.root / "report.html").read_text()
+
+
+def test_rounds_share_text_cache_and_tokens(in_rounds):
+    larger = Run(in_rounds.root / LARGER, in_rounds.larger)
+    assert larger.train.fingerprint == in_rounds.train.fingerprint
+    file = "0-text/train/tokens.npy"
+    assert (larger.root / file).samefile(in_rounds.root / file)
+    tokens = [json.loads((run.root / "4-distilled/training.json").read_text())["tokens"] for run in (larger, in_rounds)]
+    assert tokens[0] == tokens[1]
+    manifests = [run.root / "4-teacher-cache/manifest.json" for run in (larger, in_rounds)]
+    assert manifests[0].samefile(manifests[1])
+
+
+def test_the_same_again_does_nothing_and_another_size_starts_anew(in_rounds):
+    before = {file: file.stat().st_mtime_ns for file in in_rounds.root.rglob("*.safetensors")}
+    compress(in_rounds.recipe)
+    assert {file: file.stat().st_mtime_ns for file in in_rounds.root.rglob("*.safetensors")} == before
+    other = in_rounds.recipe.model_copy(update={"params": "0.4x", "stop_after": "measure"})
+    with pytest.raises(BadOutput, match="rounds"):
+        compress(other)
+
+
+@pytest.fixture(scope="module")
+def several(whole_model, corpus, tmp_path_factory) -> recipe.Recipe:
+    settings = SMALL["distill"] | {"teacher_cache": "samples"}
+    to = tmp_path_factory.mktemp("sizes") / "runs"
+    made = make_recipe(whole_model, corpus, to, params="0.7x,0.9x", distill=settings)
+    assert compress(made).root.name == "0.7x"
+    return made
+
+
+def test_each_size_is_cut_out_of_the_next_larger_one(several):
+    large, small = (Run(Path(member.to), member) for member in members(several))
+    assert [run.root.name for run in (large, small)] == ["0.9x", "0.7x"]
+    assert large.parent is large.teacher
+    assert small.parent.fingerprint == large.distilled.fingerprint
+    assert small.teacher.fingerprint == large.teacher.fingerprint
+    assert small.distilled.parameters == pytest.approx(0.7 * small.teacher.parameters, rel=0.01)
+    files = ("0-text/train/tokens.npy", "4-teacher-cache/manifest.json")
+    assert all((small.root / file).samefile(large.root / file) for file in files)
+
+
+def test_the_page_of_all_sizes(several):
+    root = Path(several.to)
+    family = json.loads((root / "family.json").read_text())
+    assert [size["name"] for size in family["sizes"]] == ["0.9x", "0.7x"]
+    for size in family["sizes"]:
+        found = json.loads((root / size["name"] / "5-report.json").read_text())
+        assert size["parameters"] == found["student"]["parameters"]
+        assert size["perplexity"] == found["models"][-1]["perplexity"]
+    page = (root / "report.html").read_text()
+    assert all(f'href="{size}/report.html"' in page for size in ("0.9x", "0.7x"))
+    assert page.count("<svg ") == 1
+    assert is_run(root)  # the folder alone says what to go on with
+    assert recipe.parse(recipe.read_yaml(root / "recipe.yaml"), source="test") == several
+
+
+def test_sizes_that_stop_early_still_train_what_others_are_cut_from(whole_model, corpus, tmp_path):
+    made = make_recipe(whole_model, corpus, tmp_path, params="0.9x,0.8x,0.7x", stop_after="search")
+    assert [member.stop_after for member in members(made)] == ["distill", "distill", "search"]
+
+
+def test_several_sizes_and_another_budget_cannot_be_combined(whole_model, corpus, tmp_path):
+    with pytest.raises(BadRecipe, match="several sizes, which flops cannot"):
+        make_recipe(whole_model, corpus, tmp_path, params="0.9x,0.8x", flops="0.7x")
+    with pytest.raises(BadRecipe, match="0.9y"):
+        make_recipe(whole_model, corpus, tmp_path, params="0.8x,0.9y")
