@@ -17,6 +17,7 @@ import prunus as pr
 from prunus import hardware, text
 from prunus.depth import leave_one_out
 from prunus.measure import measure
+from prunus.sensitivity import TOKENS, sensitivity
 from prunus.source import in_memory
 
 ROUNDS = 3
@@ -36,12 +37,15 @@ def main() -> None:
         blocks = text.tokenise(
             [" ".join(words)], teacher.tokenizer(), block_size=512, to=Path(folder) / "text", label="words"
         ).head(options.blocks)
-
+        gradients = f"gradients of {min(TOKENS, blocks.num_tokens)} tokens"
         one_pass = timed(
             {
                 "plain forward": lambda: plain(model, blocks),
                 "measure": lambda: measure(teacher, blocks, source=in_memory(model), grams=False),
-                "measure with Gram matrices": lambda: measure(teacher, blocks, source=in_memory(model), grams=True),
+                "measure with Gram matrices": lambda: measure(
+                    teacher, blocks, source=in_memory(model), gradients=False
+                ),
+                gradients: lambda: sensitivity(model, teacher.family, blocks),
             },
             rounds=ROUNDS,
         )

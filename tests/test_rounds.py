@@ -112,6 +112,17 @@ def test_sizes_that_stop_early_still_train_what_others_are_cut_from(whole_model,
     assert [member.stop_after for member in members(made)] == ["distill", "distill", "search"]
 
 
+def test_the_command_line_shows_every_size(invoke, several):
+    shown = invoke("compress", several.to)
+    assert shown.exit_code == 0, shown.stderr
+    assert all(size in shown.stdout for size in ("0.9x", "0.7x", "report.html"))
+    runs = json.loads(invoke("compress", several.to, "--json").stdout)["runs"]
+    assert all((Path(run) / "4-distilled").is_dir() for run in runs)
+    refused = invoke("plan", several.to)
+    assert refused.exit_code == 2
+    assert "one size at a time" in refused.stderr
+
+
 def test_several_sizes_and_another_budget_cannot_be_combined(whole_model, corpus, tmp_path):
     with pytest.raises(BadRecipe, match="several sizes, which flops cannot"):
         make_recipe(whole_model, corpus, tmp_path, params="0.9x,0.8x", flops="0.7x")

@@ -32,7 +32,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or 
 Source = Annotated[
     str, typer.Argument(metavar="MODEL|RECIPE|RUN", help="A model, a recipe.yaml, or the folder of an earlier run.")
 ]
-Params = Annotated[str | None, typer.Option(help="Budget of parameters: 0.7x or 95M.")]
+Params = Annotated[str | None, typer.Option(help="Budget of parameters: 0.7x or 95M; several sizes: 0.75x,0.5x.")]
 Memory = Annotated[str | None, typer.Option(help="Budget of weights + KV cache: 0.7x or 180MB.")]
 Flops = Annotated[str | None, typer.Option(help="Budget of FLOPs per token: 0.6x or 200M.")]
 Latency = Annotated[str | None, typer.Option(help="Budget of time per generated token, here: 0.6x or 40ms.")]
@@ -105,9 +105,13 @@ def _run(
     run = compress(recipe, redo=redo or again is not None, redo_stage=again)
     if not console.FIRST:
         return
+    several = len(recipe.sizes) > 1
     if as_json:
         files = {name: str(run.path(name)) for name in STAGES if run.finished(name)}
-        typer.echo(json.dumps({"run": str(run.root), "files": files}))
+        runs = {"runs": [str(run.root.with_name(size)) for size in recipe.sizes]} if several else {}
+        typer.echo(json.dumps({"run": str(run.root), "files": files} | runs))
+    elif several and recipe.stop_after == "report":
+        results.show_family(Path(recipe.to))
     else:
         results.show(run)
 

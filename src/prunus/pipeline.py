@@ -89,7 +89,7 @@ def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
         runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
     if recipe.stop_after == "report":
         family = results.family(runs)
-        parallel.first_alone(lambda: write_json(root / "family.json", family))
+        parallel.first_alone(lambda: write_json(root / results.FAMILY, family))
         parallel.first_alone(lambda: write_family(family, root / "report.html"))
     return runs[-1]
 

@@ -50,6 +50,8 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     Without scores the architecture is not known yet: shown is the legal one near the budget whose shape is nearest to
     the teacher's; the search ranks all of them by measured damage.
     """
+    if len(recipe.sizes) > 1:
+        raise BadRecipe(f"plan: one size at a time, such as --params {recipe.sizes[0]}")
     teacher = load(recipe.model, uneven=recipe.uneven)
     if recipe.arch is not None:
         target, count, limits = parse(recipe.arch, teacher.architecture), 1, {}

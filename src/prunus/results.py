@@ -39,6 +39,7 @@ LABELS = {
     "baseline": "Same shape from random init",
 }
 LISTED_CANDIDATES = 30
+FAMILY = "family.json"
 
 
 def searched(found: Search, teacher: Checkpoint, budget: Budget) -> dict[str, Any]:
@@ -281,6 +282,20 @@ def show(run: Run) -> None:
         out.print(f"Note: {note}")
     last = max((stage for stage in STAGES if run.finished(stage)), key=STAGES.index)
     out.print(f"Wrote {run.path(last)}")
+
+
+def show_family(root: Path) -> None:
+    """Print what the runs of several sizes hold, for a reader."""
+    family = read_json(root / FAMILY)
+    table = Table(box=None, header_style="bold")
+    for heading in ("", "parameters", "perplexity", "KL"):
+        table.add_column(heading, no_wrap=True, justify="left" if not heading else "right")
+    for size in (family["teacher"], *family["sizes"]):
+        quality = (f"{size['perplexity']:.2f}", f"{size['kl_to_teacher']:.3f}")
+        table.add_row(size["name"], f"{size['parameters'] / 1e6:,.1f}M", *quality)
+    out = Console(highlight=False)
+    out.print(table)
+    out.print(f"Wrote {root / 'report.html'}")
 
 
 def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any]:
