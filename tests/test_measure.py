@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import for_each_kind
+from conftest import for_each_kind, tiny_model
 
 from prunus import experts, hardware
 from prunus.anatomy import layers_of
-from prunus.depth import iterative, leave_one_out
+from prunus.depth import contiguous, iterative, leave_one_out, logit_mse
 from prunus.elimination import removal_errors
 from prunus.layerwise import Returned, branches_of, gram, has, weight_of
 from prunus.measure import load_statistics, measure, save_statistics
@@ -166,6 +166,39 @@ def test_layers_leave_in_the_order_of_what_each_costs_then(llama, blocks):
     assert order[:2] == [first, second]
     assert len(set(rises.tolist())) == len(rises)
     assert float(rises[first]) == pytest.approx(max(float(losses[first]) - whole, 1e-6), rel=1e-3)
+
+
+def test_neighbours_leave_as_one_run(blocks, tmp_path):
+    deep = tiny_model("llama", tmp_path, num_hidden_layers=8)
+    order = contiguous(deep, blocks).argsort().tolist()
+    _, alone = leave_one_out(deep, blocks)
+    assert order[0] == 1 + int(alone[1:-1].argmin())
+    gone = [order[0]]
+    for layer in order[1:4]:
+        ends = [end for end in (min(gone) - 1, max(gone) + 1) if 0 < end < 7]
+        _, losses = leave_one_out(deep, blocks, without=gone)
+        assert layer == min(ends, key=lambda end: float(losses[end]))
+        gone.append(layer)
+    apart = [min(abs(layer - other) for other in gone) for layer in order[4:]]
+    assert apart == sorted(apart)
+
+
+def test_only_the_layers_that_are_asked_for_are_tried(llama, blocks):
+    _, losses = leave_one_out(llama, blocks)
+    whole, some = leave_one_out(llama, blocks, only=[1, 3])
+    assert some.isnan().tolist() == [True, False, True, False]
+    torch.testing.assert_close(some[[1, 3]], losses[[1, 3]])
+
+
+def test_the_change_of_the_logits_without_a_layer(llama, blocks):
+    model, tokens, positions = llama.module(), *blocks.batch(list(range(len(blocks))))
+    mask = positions[:, 1:] == positions[:, :-1] + 1
+    with torch.no_grad():
+        whole = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        layers_of(model)[2].forward = lambda hidden_states, *_, **__: hidden_states
+        other = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+    expected = (whole - other)[:, :-1][mask].square().mean()
+    assert float(logit_mse(llama, blocks)[2]) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_gram_is_exact_in_both_types():

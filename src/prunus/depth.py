@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from prunus import layerwise
 from prunus.checkpoint import Checkpoint
-from prunus.head import head_of
+from prunus.head import Head, head_of
 from prunus.layerwise import TokenBlocks
 from prunus.measure import BATCH_BLOCKS, Statistics
 from prunus.source import Source, opened
@@ -24,7 +24,11 @@ from prunus.source import Source, opened
 ABOVE = 1.0001
 """A layer that leaves later has at least so much more."""
 LEAST = 0.5
-"""Share of the layers that is left when `iterative` stops."""
+"""Share of the layers that is left when `iterative` and `contiguous` stop."""
+CHUNK_TOKENS = 256
+
+Damage = Callable[[Tensor, Callable[[], Tensor], Tensor], Tensor]
+"""Of logits, those of the whole model where they are asked for, and the right tokens; summed over tokens."""
 
 
 @torch.no_grad()
@@ -33,6 +37,8 @@ def leave_one_out(
     blocks: TokenBlocks,
     *,
     without: Collection[int] = (),
+    only: Collection[int] | None = None,
+    damage: Damage | None = None,
     source: Source | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[float, Tensor]:
@@ -43,11 +49,13 @@ def leave_one_out(
 
     Args:
         without: layers that are gone already.
+        only: layers to try; default: all.
+        damage: what is measured instead of the loss.
     Returns:
-        loss of the whole model, and float32 [L] losses, nats per predicted token; NaN for those that are gone.
+        loss of the whole model, and float32 [L] losses, nats per predicted token; NaN for those that are not tried.
     """
-    source, count = source or opened(teacher), teacher.architecture.layers
-    here = [layer for layer in range(count) if layer not in without]
+    source, count, damage = source or opened(teacher), teacher.architecture.layers, damage or _loss
+    here = [layer for layer in range(count) if layer not in without and (only is None or layer in only)]
     total, counted = torch.zeros(len(here) + 1, dtype=torch.float64), 0
     with source.outer():
         whole = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
@@ -58,7 +66,8 @@ def leave_one_out(
         for batch, streams in zip(whole, variants, strict=True):
             inputs = batch.layer_inputs[number]
             streams[:] = [layerwise.run_layer(layer, stream, inputs) for stream in streams]
-            streams.append(batch.stream_BSH)
+            if number in here:
+                streams.append(batch.stream_BSH)
             batch.stream_BSH = layerwise.run_layer(layer, batch.stream_BSH, inputs)
         progress(number + 1, count)
     family, model = teacher.family, source.model
@@ -69,9 +78,10 @@ def leave_one_out(
             tokens_BS, positions_BS = (part.to(batch.stream_BSH.device) for part in blocks.batch(indices))
             targets_BS = positions_BS[:, 1:] == positions_BS[:, :-1] + 1
             counted += int(targets_BS.sum())
+            whole_NH, labels_N = norm(batch.stream_BSH)[:, :-1][targets_BS], tokens_BS[:, 1:][targets_BS]
             for variant, stream in enumerate([*streams, batch.stream_BSH]):
                 hidden_NH = norm(stream)[:, :-1][targets_BS]
-                total[variant] += _summed_loss(model, hidden_NH, tokens_BS[:, 1:][targets_BS])
+                total[variant] += _summed(damage, head_of(model), hidden_NH, whole_NH, labels_N)
     losses = total / counted
     losses_L = torch.full((count,), math.nan)
     losses_L[here] = losses[:-1].float()
@@ -116,7 +126,48 @@ def rises(
     return losses_L - whole
 
 
-KINDS = {"leave_one_out": rises, "iterative": iterative}
+def logit_mse(
+    teacher: Checkpoint,
+    blocks: TokenBlocks,
+    *,
+    source: Source | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """float32 [L]: mean squared change of the logits when a layer alone leaves."""
+    _, changes_L = leave_one_out(teacher, blocks, damage=_squared_change, source=source, progress=progress)
+    return changes_L
+
+
+def contiguous(
+    teacher: Checkpoint,
+    blocks: TokenBlocks,
+    *,
+    source: Source | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """float32 [L]: as `iterative`, but what leaves is one run of neighbours.
+
+    It begins with the layer that is missed least and grows at that end where the loss rises less, down to half of the
+    layers. The first layer and the last stay to the end. Source: the depth-pruned models of arXiv:2408.11796, which
+    remove one run of layers; of those that differ in length each has the next shorter one inside.
+    """
+    source, count = source or opened(teacher), teacher.architecture.layers
+    rises_L, gone, least = torch.full((count,), math.nan), list[int](), 0.0
+    steps = min(max(1, math.floor((1 - LEAST) * count)), count - 2)
+    for step in range(steps):
+        ends = range(1, count - 1) if not gone else [end for end in (gone[0] - 1, gone[-1] + 1) if 0 < end < count - 1]
+        whole, losses_L = leave_one_out(teacher, blocks, without=gone, only=ends, source=source)
+        leaves = int(losses_L.nan_to_num(math.inf).argmin())
+        least = max(least * ABOVE, float(losses_L[leaves]) - whole, 1e-6)
+        rises_L[leaves] = least
+        gone = sorted([*gone, leaves])
+        progress(step + 1, steps)
+    # The others leave from the middle outwards, if at all: nearest to the run first.
+    apart_L = torch.tensor([min(abs(layer - end) for end in gone) for layer in range(count)]).float()
+    return torch.where(rises_L.isnan(), least * ABOVE ** (1 + apart_L), rises_L)
+
+
+KINDS = {"leave_one_out": rises, "iterative": iterative, "logit_mse": logit_mse, "contiguous": contiguous}
 """What `with_depth` adds, by the name of the score that is made from it."""
 
 
@@ -134,9 +185,20 @@ def with_depth(
     return replace(statistics, sums={**statistics.sums, kind: found})
 
 
-def _summed_loss(model: PreTrainedModel, hidden_NH: Tensor, labels_N: Tensor, *, chunk_tokens: int = 256) -> float:
-    """Σ cross-entropy, the logits a chunk at a time in float32."""
-    total = 0.0
-    for hidden, labels in zip(hidden_NH.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True):
-        total += float(F.cross_entropy(head_of(model).logits(hidden), labels, reduction="sum"))
-    return total
+def _loss(logits_NV: Tensor, whole_NV: Callable[[], Tensor], labels_N: Tensor) -> Tensor:
+    """Σ cross-entropy."""
+    return F.cross_entropy(logits_NV, labels_N, reduction="sum")
+
+
+def _squared_change(logits_NV: Tensor, whole_NV: Callable[[], Tensor], labels_N: Tensor) -> Tensor:
+    """Σ over tokens of the mean square over the vocabulary."""
+    return (logits_NV - whole_NV()).square().mean(1).sum()
+
+
+def _summed(damage: Damage, head: Head, hidden_NH: Tensor, whole_NH: Tensor, labels_N: Tensor) -> float:
+    """Damage of these states, the logits a chunk at a time in float32."""
+    parts = (tensor.split(CHUNK_TOKENS) for tensor in (hidden_NH, whole_NH, labels_N))
+    return sum(
+        float(damage(head.logits(hidden), partial(head.logits, whole), labels))
+        for hidden, whole, labels in zip(*parts, strict=True)
+    )

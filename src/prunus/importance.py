@@ -121,19 +121,29 @@ def block_influence(stats: Statistics, axis: str, aggregation: str) -> Tensor:
 
 def leave_one_out(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L]: rise of the loss when the layer is removed, nats per token. Source: Minitron, sec. 2.2 (as perplexity)."""
-    if "leave_one_out" not in stats.sums:
-        raise BadRecipe(
-            "score layers=leave_one_out needs the losses without each layer (recipe: measure.leave_one_out: true)"
-        )
-    return stats.sums["leave_one_out"]
+    return _of_depth(stats, "leave_one_out")
 
 
 def iterative(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L]: rise of the loss when the layer leaves, after those that leave before it; the greedy removal with new scores
     after each layer. Source: Minitron, arXiv:2407.14679 (iterative importance)."""
-    if "iterative" not in stats.sums:
-        raise BadRecipe("score layers=iterative needs the losses of its removals (recipe: measure.iterative: true)")
-    return stats.sums["iterative"]
+    return _of_depth(stats, "iterative")
+
+
+def logit_mse(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L]: mean squared change of the logits when the layer is removed."""
+    return _of_depth(stats, "logit_mse")
+
+
+def contiguous(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L]: rise of the loss when the layer leaves, as part of one run of neighbours (`depth.contiguous`)."""
+    return _of_depth(stats, "contiguous")
+
+
+def _of_depth(stats: Statistics, name: str) -> Tensor:
+    if name not in stats.sums:
+        raise BadRecipe(f"score layers={name} needs the model without its layers (recipe: measure.{name}: true)")
+    return stats.sums[name]
 
 
 def reap(stats: Statistics, axis: str, aggregation: str) -> Tensor:
@@ -185,6 +195,8 @@ TABLE: Mapping[str, Mapping[str, Score]] = {
         "block_influence": block_influence,
         "leave_one_out": leave_one_out,
         "iterative": iterative,
+        "contiguous": contiguous,
+        "logit_mse": logit_mse,
         "random": random,
     },
     "hidden": {"energy": energy, "norm_output": norm_output, "magnitude": magnitude, "random": random},

@@ -101,6 +101,8 @@ class Measure(Section):
     iterative: bool = Field(
         False, description="also layer after layer leaving, each time the least missed one (layers=iterative)"
     )
+    contiguous: bool = Field(False, description="also a run of neighbours leaving, as it grows (layers=contiguous)")
+    logit_mse: bool = Field(False, description="also the change of the logits without each layer (layers=logit_mse)")
 
 
 def _one_of(axis: str) -> Any:
@@ -270,7 +272,7 @@ class Recipe(Section):
             mistake = f"params gives several sizes, which {' and '.join(given[1:])} cannot be combined with"
         if mistake is None and self.score.ffn == "reconstruction" and not self.measure.grams:
             mistake = "score.ffn: reconstruction needs measure.grams: true, or choose another score"
-        for score in ("leave_one_out", "iterative"):
+        for score in ("leave_one_out", "iterative", "contiguous", "logit_mse"):
             if mistake is None and self.score.layers == score and not getattr(self.measure, score):
                 mistake = f"score.layers: {score} needs measure.{score}: true, or choose another score"
         if mistake is None and self.distill.on_policy_share and self.distill.teacher_cache:
