@@ -40,7 +40,7 @@ from prunus.teacher import Cache, describe, write_cache
 from prunus.text import Blocks, load_blocks, tokenise
 
 BLOCK_SIZE, MICRO_BLOCKS, BATCH_TOKENS = 512, 2, 1024
-CALIBRATION_TOKENS, VALIDATION_TOKENS, HELDOUT_TOKENS = 65536, 16384, 32768
+CALIBRATION_TOKENS, VALIDATION_TOKENS, HELDOUT_TOKENS = 32768, 16384, 24576
 OURS, RANDOM_INIT = "Prunus", "random init, the shape of Prunus"
 
 

@@ -1,0 +1,95 @@
+"""Minitron's recipe on T tokens beside Prunus's defaults on T/2, and beside random weights on many times as many.
+
+Usage: python benchmarks/half_the_tokens.py MODEL --train TEXT --heldout FILE [--tokens 250k] [--shares 0.75,0.6,0.5]
+       [--seeds 1] [--from-scratch 40] --to FOLDER
+
+Both recipes search, cut and train by themselves (`recipes/minitron.yaml`, and no recipe at all), on the same text, with
+as much of it for calibration, and are measured on the same held-out text. --from-scratch N trains the shape that Prunus
+found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. Runs lie in FOLDER and are not
+made again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import prunus as pr
+from prunus import recipe as recipes
+from prunus.budget import parse_quantity
+
+MINITRON = Path(__file__).parents[1] / "recipes" / "minitron.yaml"
+CALIBRATION_TOKENS, HELDOUT_TOKENS = 32768, 65536
+
+
+def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes: Any) -> dict[str, dict[str, float]]:
+    """What a run measured of each model, by its key."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()} | {
+        "model": options.model,
+        "to": str(options.to / name),
+        "data.train": options.train,
+        "data.heldout": options.heldout,
+        "data.heldout_tokens": HELDOUT_TOKENS,
+        "measure.tokens": CALIBRATION_TOKENS,
+        "evaluate.speed": False,
+    }
+    made = pr.compress(recipes.parse(recipes.override(base, changes), source=name))
+    return {model["key"]: model for model in json.loads((made.root / "5-evaluation.json").read_text())["models"]}
+
+
+def show(label: str, model: dict[str, float]) -> None:
+    print(f"{label:60} perplexity {model['perplexity']:8.2f}   KL {model['kl_to_teacher']:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--tokens", type=parse_quantity, default=250_000)
+    parser.add_argument("--shares", default="0.75,0.6,0.5")
+    parser.add_argument("--seeds", type=int, default=1, help="for the first share")
+    parser.add_argument("--from-scratch", type=int, default=0)
+    parser.add_argument("--to", type=Path, required=True)
+    options = parser.parse_args()
+    tokens = int(options.tokens)
+    minitron = recipes.read_yaml(MINITRON)
+    for place, share in enumerate(options.shares.split(",")):
+        for seed in range(options.seeds if place == 0 else 1):
+            changes: dict[str, Any] = {"params": f"{share}x", "distill__seed": seed}
+            theirs = run(options, f"{share}-minitron-{seed}", minitron, distill__tokens=tokens, **changes)
+            ours = run(options, f"{share}-prunus-{seed}", {}, distill__tokens=tokens // 2, **changes)
+            show("teacher", ours["teacher"])
+            show(f"{share}x, seed {seed}: Minitron, {tokens:,} tokens", theirs["distilled"])
+            show(f"{share}x, seed {seed}: Prunus, {tokens // 2:,} tokens", ours["distilled"])
+    if options.from_scratch:
+        share, few = options.shares.split(",")[0], tokens // 10
+        ours = run(options, f"{share}-few", {}, params=f"{share}x", distill__tokens=few)
+        student = pr.load(str(options.to / f"{share}-few" / "3-pruned"))
+        scratch = from_scratch(options, student, few * options.from_scratch)
+        show(f"{share}x: Prunus, {few:,} tokens", ours["distilled"])
+        print(f"{share}x: random weights, {few * options.from_scratch:,} tokens: perplexity {scratch:.2f}", flush=True)
+
+
+def from_scratch(options: argparse.Namespace, student: pr.Checkpoint, tokens: int) -> float:
+    """Perplexity of the shape that learnt from the same teacher, from random weights."""
+    from prunus import hardware
+    from prunus.documents import documents, shuffled
+    from prunus.text import load_blocks
+
+    teacher, folder = pr.load(options.model), options.to / "from-scratch"
+    if not (folder / "model").exists():
+        docs = shuffled(documents(options.train), seed=0)
+        blocks = pr.tokenise(
+            docs, teacher.tokenizer(), block_size=512, max_tokens=tokens, to=folder / "text", label="train"
+        )
+        settings = pr.Settings(tokens=tokens)
+        pr.distill(student, teacher, blocks, to=folder / "model", settings=settings, random_init=True)
+    heldout = load_blocks(student.folder.parent / "0-text" / "heldout")
+    third = len(heldout) // 3  # what the run searched with
+    test = heldout.select(range(third, len(heldout)))
+    return pr.quality(pr.load(str(folder / "model")).module(hardware.compute_dtype()), test).perplexity
+
+
+if __name__ == "__main__":
+    main()
