@@ -1,16 +1,18 @@
 """Every published method beside Prunus, at the same parameters, on the same model, text and tokens.
 
 Usage: python benchmarks/quality.py MODEL --train TEXT --calibration TEXT --heldout FILE [--heldout FILE]
-       [--shares 0.8,0.67,0.5] [--tokens 100k] [--only "FLAP;Prunus"] [--tasks FOLDER] [--limit N] --to FOLDER
+       [--shares 0.8,0.67,0.5] [--tokens 100k] [--rates 1.5e-4,3e-4] [--only "FLAP;Prunus"]
+       [--tasks FOLDER] [--limit N] --to FOLDER
 
 Each row is measured without any training, and after distillation on the same tokens with Prunus's own loop and
-settings: what differs is the student alone. A row is written when it is done, and not made again; the table is made of
-those that are there. Calibration, training and held-out text must be different files. With --tasks FOLDER, which holds
+settings, at the best of several learning rates: what differs is the student alone. A row is written when it is done,
+and not made again; the table is made of those that are there. Calibration, training and held-out text must be different files. With --tasks FOLDER, which holds
 arc_easy_test.jsonl, hellaswag_val.jsonl and blimp_50each.jsonl, the share of the teacher's accuracy above chance that
 is kept, with an interval of 95 % over the rows of the task.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import time
@@ -39,7 +41,7 @@ from prunus.tasks import LocalTask, run_tasks
 from prunus.teacher import Cache, describe, write_cache
 from prunus.text import Blocks, load_blocks, tokenise
 
-BLOCK_SIZE, MICRO_BLOCKS, BATCH_TOKENS = 512, 2, 1024
+BLOCK_SIZE, MICRO_BLOCKS = 512, 2
 CALIBRATION_TOKENS, VALIDATION_TOKENS, HELDOUT_TOKENS = 32768, 16384, 24576
 OURS, RANDOM_INIT = "Prunus", "random init, the shape of Prunus"
 
@@ -69,7 +71,7 @@ class Laboratory:
         self.validation = calibration.select(range(border, len(calibration)))
         self.heldout = {Path(file).name: self._text(Path(file).name, file, HELDOUT_TOKENS) for file in options.heldout}
         self.judge = self.teacher.module(hardware.compute_dtype(), hardware.device())
-        self.settings = Settings(tokens=self.train.num_tokens, batch_tokens=BATCH_TOKENS)
+        self.rates = [float(rate) for rate in options.rates.split(",")]
 
     def _text(self, name: str, file: str, tokens: int) -> Blocks:
         to = self.folder / "text" / name
@@ -124,8 +126,9 @@ def random_init(bench: Bench) -> PreTrainedModel:
 ROWS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {**METHODS, OURS: prunus, RANDOM_INIT: random_init}
 
 
-def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, settings: Settings) -> None:
-    """`prunus.distill` for a model in memory, which need not be one that a checkpoint can hold."""
+def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, rate: float) -> PreTrainedModel:
+    """`prunus.distill` of a copy of a model in memory, which need not be one that a checkpoint can hold."""
+    model, settings = copy.deepcopy(model), Settings(tokens=blocks.num_tokens, learning_rate=rate)
     schedule = plan(settings, hidden=model.config.hidden_size, num_blocks=len(blocks), block_size=blocks.block_size)
     losses = Losses(model, teacher, blocks, settings, None, MICRO_BLOCKS)
     masters, curve = Masters(losses, hardware.compute_dtype(), weight_decay=settings.weight_decay), []
@@ -135,22 +138,20 @@ def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, settings: Se
         masters.clip(settings.clip)
         masters.step(learning_rate(step, schedule, settings))
         masters.forget_gradients()
-    model.eval()
+    return model.eval()
 
 
 def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, Any], limit: int | None) -> dict:
-    """One method at one size: made, measured, trained, measured."""
+    """One method at one size: made, measured, trained at each rate, measured. The best rate is the one that counts."""
     started = time.monotonic()
     model = ROWS[method](bench).float().requires_grad_(True)
     result = {"method": method, "parameters": count(model), "seconds": time.monotonic() - started}
-    masters = {name: value.detach().clone() for name, value in model.named_parameters()}
-    result["before"] = laboratory.judged(model.to(hardware.compute_dtype()).eval())
-    model.float()
-    for name, value in model.named_parameters():  # what rounding took off
-        value.data.copy_(masters[name])
-    trained(model, laboratory.cache(), laboratory.train, laboratory.settings)
-    result["after"] = laboratory.judged(model)
-    result["tasks"] = accuracies(model, laboratory, scored, limit)
+    result["before"] = laboratory.judged(hardware.place(copy.deepcopy(model), dtype=hardware.compute_dtype()).eval())
+    students = {rate: trained(model, laboratory.cache(), laboratory.train, rate) for rate in laboratory.rates}
+    result["rates"] = {rate: laboratory.judged(student) for rate, student in students.items()}
+    best = min(students, key=lambda rate: _mean_kl(result["rates"][rate]))
+    result |= {"rate": best, "after": result["rates"][best]}
+    result["tasks"] = accuracies(students[best], laboratory, scored, limit)
     return result
 
 
@@ -180,10 +181,8 @@ def table(laboratory: Laboratory, share: str, scored: Mapping[str, Any], teacher
     rows = sorted((json.loads(file.read_text()) for file in files), key=lambda row: _mean_kl(row["after"]))
     names = list(laboratory.heldout)
     heads = [f"{name}: {when}" for when in ("cut", f"{laboratory.train.num_tokens // 1000}k tokens") for name in names]
-    lines = [
-        "| " + " | ".join(["method", "parameters", *heads, *scored]) + " |",
-        "|" + "---|" * (2 + len(heads) + len(scored)),
-    ]
+    columns = ["method", "parameters", *heads, "rate", *scored]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [row["method"], f"{row['parameters'] / 1e6:.1f}M"]
         cells += [
@@ -191,6 +190,7 @@ def table(laboratory: Laboratory, share: str, scored: Mapping[str, Any], teacher
             for when in ("before", "after")
             for name in names
         ]
+        cells.append(f"{row['rate']:.1e}")
         cells += [
             kept(row["tasks"][name], teacher[name], chance) if name in row["tasks"] else ""
             for name, (_, chance) in scored.items()
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--heldout", action="append", required=True)
     parser.add_argument("--shares", default="0.8,0.67,0.5")
     parser.add_argument("--tokens", type=parse_quantity, default=100_000)
+    parser.add_argument("--rates", default="1.5e-4,3e-4", help="learning rates of the distillation")
     parser.add_argument("--only", help="methods, separated by semicolons")
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--limit", type=int)
