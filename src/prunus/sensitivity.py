@@ -38,6 +38,7 @@ def sensitivity(model: PreTrainedModel, family: Family, blocks: TokenBlocks) -> 
     Random sums of the gradients instead of their products: K × O numbers for each branch, and not O × O.
 
     Args:
+        model: its weights stop asking for gradients.
         blocks: text, of which the beginning runs through the model; labels are drawn from what the model expects.
     """
     tokens_1S, _ = blocks.batch([0])
