@@ -9,9 +9,10 @@ import pytest
 from conftest import add_tokenizer, small_flags
 from transformers import AutoTokenizer
 
+from prunus import side_by_side
 from prunus import tournament as module
 from prunus.documents import documents
-from prunus.errors import Stopped
+from prunus.errors import BadRecipe, Stopped
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import prune
@@ -106,6 +107,32 @@ def test_what_samples_cannot_teach_is_left_to_the_training_proper(llama, candida
 def test_a_step_is_no_longer_than_a_round(llama, candidates, text, tmp_path):
     standings = play(llama, candidates, text, tmp_path / "rounds", batch_tokens=100_000)
     assert [len(standing.losses) for standing in standings.values()] == [3, 3, 2]
+
+
+def test_side_by_side_they_end_alike(llama, candidates, text, tmp_path):
+    pytest.importorskip("ray", reason="candidates go side by side on Ray")
+    alone, together = (
+        tournament(
+            llama,
+            candidates,
+            text.select(range(8, 200)),
+            text.select(range(8)),
+            to=tmp_path / str(workers),
+            tokens=1024,
+            settings=Settings(batch_tokens=128, learning_rate=1e-3),
+            workers=workers,
+        )
+        for workers in (1, 2)
+    )
+    assert list(alone) == list(together)
+    for name, standing in alone.items():
+        assert together[name].losses == pytest.approx(standing.losses, rel=1e-4)
+
+
+def test_side_by_side_needs_ray(llama, candidates, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(BadRecipe, match=r"prunus\[ray\]"):
+        tournament(llama, candidates, text, text.head(8), to=tmp_path / "rounds", tokens=1024, workers=2)
 
 
 def test_standings_of_other_candidates_are_not_taken_up(llama, candidates, text, tmp_path):

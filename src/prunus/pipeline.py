@@ -249,6 +249,7 @@ def _tournament(run: Run, found: Search) -> dict[int, Standing]:
             to=folder / "rounds",
             tokens=recipe.search.tokens or 0,
             settings=Settings(**recipe.distill.hyperparameters()),
+            workers=recipe.search.workers,
             progress=step,
         )
     return {numbers[name]: standing for name, standing in standings.items()}

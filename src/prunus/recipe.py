@@ -151,6 +151,7 @@ class Search(Section):
     tokens: Count | None = Field(
         None, description="training tokens of the finalists, where candidates are trained a little before one is chosen"
     )
+    workers: int = Field(1, ge=1, description="candidates that are trained side by side, on Ray (prunus[ray])")
     tolerance: float = Field(0.01, gt=0, le=0.2, description="allowed distance from the budget, as a share of it")
 
 

@@ -64,7 +64,7 @@ DEPENDS_ON = {
     "report": (),
 }
 """Recipe keys that each stage is the first to depend on."""
-WITHOUT_EFFECT = {"distill": {"checkpoint_seconds", "gradient_checkpointing", "trackers"}}
+WITHOUT_EFFECT = {"distill": {"checkpoint_seconds", "gradient_checkpointing", "trackers"}, "search": {"workers"}}
 """Keys inside those that change no result."""
 
 

@@ -6,7 +6,6 @@ spends most on those that are still in question. The teacher runs over each stre
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -14,14 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from prunus import hardware
+from prunus import hardware, side_by_side
 from prunus.checkpoint import Checkpoint, load
-from prunus.distill import Progress, distill
+from prunus.distill import distill
 from prunus.evaluate import quality
 from prunus.files import atomic_file
 from prunus.schedule import Settings
 from prunus.search import Standing
-from prunus.teacher import describe, write_cache
+from prunus.teacher import describe, open_cache, write_cache
 from prunus.text import Blocks
 
 STANDINGS = "standings.json"
@@ -47,6 +46,7 @@ def tournament(
     to: Path,
     tokens: int,
     settings: Settings | None = None,
+    workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Standing]:
     """Name → standing, best first.
@@ -60,6 +60,7 @@ def tournament(
         tokens: that the finalists are trained on.
         settings: of the training, as far as samples of the teacher can teach: always forward KL on the text. The
             learning rate stays at its peak, because every round goes on with the next.
+        workers: candidates that are trained side by side, on Ray.
         progress: called with the tokens trained on, of all candidates together, and in all.
     """
     settings = _of_samples(settings or Settings())
@@ -67,7 +68,7 @@ def tournament(
     starts = [0, *(end for _, end in plan)]
     total = sum(count * (end - start) for (count, end), start in zip(plan, starts, strict=False))
     book = _Book(to, _key(teacher, candidates, blocks, heldout, tokens, settings))
-    models, done = dict(candidates), 0
+    students, done = {name: model.folder for name, model in candidates.items()}, 0
     for name, model in candidates.items():
         if name not in book.standings:
             book.note(name, 0, _loss(model, heldout))
@@ -75,16 +76,19 @@ def tournament(
         text = _between(blocks, starts[number], end)
         batch = settings.batch_tokens and min(settings.batch_tokens, text.num_tokens)
         own = replace(settings, tokens=text.num_tokens, batch_tokens=batch)
-        train = _Round(teacher, text, to / f"{number + 1}-cache", own)
-        for name in book.best(number)[:count]:
-            if len(book.standings[name].losses) == number + 1:
-                report = functools.partial(_add, progress, done, total)
-                models[name] = train(models[name], to / f"{number + 1}-{name}", report)
-                book.note(name, end, _loss(models[name], heldout))
-            elif (to / f"{number + 1}-{name}").is_dir():  # of a killed tournament
-                models[name] = load(to / f"{number + 1}-{name}")
-            done += end - starts[number]
-            progress(done, total)
+        names = book.best(number)[:count]
+        folders = {name: to / f"{number + 1}-{name}" for name in names}
+        waiting = [name for name in names if len(book.standings[name].losses) == number + 1]
+        done += (count - len(waiting)) * (end - starts[number])  # of a killed tournament
+        if waiting:
+            cache = to / f"{number + 1}-cache"
+            write_cache(teacher, text, describe(teacher, text), to=cache)
+            lessons = {name: _Lesson(students[name], folders[name], cache, text, heldout, own) for name in waiting}
+            for name, loss in side_by_side.each(_taught, lessons, workers=workers):
+                book.note(name, end, loss)
+                done += end - starts[number]
+                progress(done, total)
+        students |= folders
     for left in (path for path in to.iterdir() if path.is_dir()):
         shutil.rmtree(left)
     return dict(sorted(book.standings.items(), key=lambda item: item[1].rank))
@@ -144,23 +148,28 @@ def _key(
 
 
 @dataclass(frozen=True)
-class _Round:
-    """A stretch of text that candidates learn, from a cache that is written when the first of them needs it."""
+class _Lesson:
+    """What a student has to learn in a round, so that any process can teach it.
 
-    teacher: Checkpoint
-    text: Blocks
+    Attributes:
+        student, to: folders of the model before and after.
+        cache: folder of what the teacher says of the text.
+    """
+
+    student: Path
+    to: Path
     cache: Path
+    text: Blocks
+    heldout: Blocks
     settings: Settings
 
-    def __call__(self, student: Checkpoint, to: Path, progress: Callable[[Progress], None]) -> Checkpoint:
-        if to.is_dir():  # a killed tournament did not come to measure it
-            return load(to)
-        cache = write_cache(self.teacher, self.text, describe(self.teacher, self.text), to=self.cache)
-        return distill(student, cache, self.text, to=to, settings=self.settings, progress=progress)
 
-
-def _add(progress: Callable[[int, int], None], done: int, total: int, at: Progress) -> None:
-    progress(done + at.tokens, total)
+def _taught(lesson: _Lesson) -> float:
+    """Loss on the held-out text after the lesson. A killed tournament may not have come to measure it."""
+    if not lesson.to.is_dir():
+        cache = open_cache(lesson.cache)
+        distill(load(lesson.student), cache, lesson.text, to=lesson.to, settings=lesson.settings)
+    return _loss(load(lesson.to), lesson.heldout)
 
 
 def _between(blocks: Blocks, start: int, end: int) -> Blocks:
