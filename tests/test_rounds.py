@@ -10,7 +10,7 @@ from test_pipeline import make_recipe
 
 from prunus import recipe
 from prunus.checkpoint import load
-from prunus.errors import BadOutput, BadRecipe
+from prunus.errors import BadOutput, BadRecipe, BudgetUnreachable
 from prunus.pipeline import compress
 from prunus.run import LARGER, Run, is_run
 from prunus.sizes import members
@@ -128,3 +128,10 @@ def test_several_sizes_and_another_budget_cannot_be_combined(whole_model, corpus
         make_recipe(whole_model, corpus, tmp_path, params="0.9x,0.8x", flops="0.7x")
     with pytest.raises(BadRecipe, match=r"0\.9y"):
         make_recipe(whole_model, corpus, tmp_path, params="0.8x,0.9y")
+
+
+@pytest.mark.parametrize(("params", "error"), [("0.9x,0.001x", BudgetUnreachable), ("1.5x,0.9x", BadRecipe)])
+def test_a_size_that_cannot_be_had_is_refused_before_the_others_are_made(whole_model, corpus, tmp_path, params, error):
+    with pytest.raises(error):
+        compress(make_recipe(whole_model, corpus, tmp_path / "runs", params=params))
+    assert not (tmp_path / "runs").exists()

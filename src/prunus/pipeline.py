@@ -83,9 +83,9 @@ def _share(run: Run, beside: Path) -> None:
 
 def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
     """A run for each size, on the same text and taught by the same teacher; the last is the smallest."""
-    root, runs = check_folder(Path(recipe.to)), list[Run]()
+    root, sizes, runs = check_folder(Path(recipe.to)), members(recipe), list[Run]()
     parallel.first_alone(lambda: write_recipe(recipe, root))
-    for member in members(recipe):
+    for member in sizes:
         runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
     if recipe.stop_after == "report":
         family = results.family(runs)

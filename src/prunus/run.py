@@ -49,7 +49,7 @@ OUTPUTS = {
 LARGER = "0-larger"
 """The run of the larger student that this one is cut out of, where a cut of more than a third goes in rounds."""
 LARGEST_CUT = 1 / 3
-"""Share of the parameters that one cut takes at most; more goes in rounds (Minitron, arXiv:2407.14679, sec. 4)."""
+"""Share of the parameters that one cut takes at most; more goes in rounds (Minitron, arXiv:2407.14679)."""
 BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
 TOURNAMENT = ".tournament"
@@ -98,7 +98,11 @@ class Run:
     @functools.cached_property
     def first(self) -> Checkpoint:
         """What the first round cuts."""
-        return self.teacher if self.recipe.start is None else load(self.recipe.start)
+        if self.recipe.start is None:
+            return self.teacher
+        student = load(self.recipe.start)
+        verify_weights(student)
+        return student
 
     @functools.cached_property
     def rounds(self) -> int:

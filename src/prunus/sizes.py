@@ -10,15 +10,22 @@ from prunus.budget import parse_budget
 from prunus.checkpoint import load
 from prunus.recipe import STAGES, Recipe
 from prunus.run import OUTPUTS
+from prunus.search import legal_architectures
 
 
 def members(recipe: Recipe) -> list[Recipe]:
     """A recipe for each size, in a folder of its own: the largest first, every other cut out of the one before it.
 
     A larger one is trained however early the run is to stop, unless it is the last.
+
+    Raises:
+        BadRecipe, BudgetUnreachable: a size that the teacher cannot have.
     """
     teacher, values = load(recipe.model, uneven=recipe.uneven), recipe.model_dump(mode="json")
-    parameters = {size: parse_budget(teacher, params=size).limits[0].target for size in recipe.sizes}
+    budgets = {size: parse_budget(teacher, params=size) for size in recipe.sizes}
+    for budget in budgets.values():  # the smallest would be refused after hours only
+        legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
+    parameters = {size: budget.limits[0].target for size, budget in budgets.items()}
     found: list[Recipe] = []
     for size in sorted(parameters, key=lambda size: parameters[size], reverse=True):
         changes: dict[str, Any] = {"params": size, "to": str(Path(recipe.to) / size)}
