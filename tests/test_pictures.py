@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from prunus import pictures
 from prunus.pictures import Picture
 
-TEACHER = {"teacher": True, "measured": {"loss": 2}, "costs": {"flops": 10}}
+TEACHER = {"name": "teacher", "measured": {"loss": 2}, "costs": {"flops": 10}}
 LAYERS, HEADS, HIDDEN, REMOVED = 80, 64, 8192, [40, 41]
 
 
@@ -66,7 +66,7 @@ def test_the_front_is_what_nothing_beats_in_both(monkeypatch: pytest.MonkeyPatch
     lines: list[tuple[tuple[float, ...], ...]] = []
     monkeypatch.setattr(Axes, "step", lambda _, *across_and_up, **style: lines.append(across_and_up))
     points = [(1, 5), (2, 6), (3, 4), (4, 4.5)]
-    tried = [{"chosen": False, "measured": {"loss": loss}, "costs": {"flops": cost}} for cost, loss in points]
+    tried = [{"measured": {"loss": loss}, "costs": {"flops": cost}} for cost, loss in points]
     pictures.pareto(tried, {"flops": ("FLOPs per token", str)})
     assert lines == [((1, 3), (5, 4))]
 

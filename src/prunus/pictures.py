@@ -27,6 +27,7 @@ SIZE = (5, 2.7)  # inches, of text that is 9 points high
 INK, MUTED, GRID, KEPT, REMOVED, OTHER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 THEME = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
 THEME |= {KEPT: "var(--kept)", REMOVED: "var(--removed)", OTHER: "var(--other)"}
+NAMED = {"teacher": INK, "chosen": REMOVED}
 KEPT_RGB, REMOVED_RGB = (0.18, 0.53, 0.78), (0.87, 0.44, 0.07)
 """For pictures made of pixels, which cannot follow the theme. Blue and orange: colour-blind eyes tell them apart."""
 
@@ -179,7 +180,7 @@ def pareto(tried: Sequence[Mapping[str, Any]], against: Mapping[str, tuple[str, 
     """Measured loss over what candidates cost, a line through those that no other beats in both.
 
     Args:
-        tried: the teacher too, which says so.
+        tried: some may have a name that stands beside them.
         against: key of `costs` → what its panel is called, and how its numbers are written.
     """
     figure = Figure(figsize=SIZE)
@@ -190,11 +191,9 @@ def pareto(tried: Sequence[Mapping[str, Any]], against: Mapping[str, tuple[str, 
         front = [point for point, least in zip(points, losses, strict=True) if point[1] <= least]
         axes.step(*zip(*front, strict=True), where="post", color=KEPT, linewidth=1, alpha=0.6)
         for each in tried:
-            colour = INK if each.get("teacher") else REMOVED if each["chosen"] else KEPT
-            point = each["costs"][kind], each["measured"]["loss"]
-            axes.scatter(*point, s=34, color=colour, alpha=0.85, linewidth=0)
-            if name := "teacher" if each.get("teacher") else "chosen" * each["chosen"]:
-                axes.annotate(name, point, xytext=(-6, 6), textcoords="offset points", ha="right")
+            name, point = each.get("name", ""), (each["costs"][kind], each["measured"]["loss"])
+            axes.scatter(*point, s=34, color=NAMED.get(name, KEPT), alpha=0.85, linewidth=0)
+            axes.annotate(name, point, xytext=(-6, 6), textcoords="offset points", ha="right")
         axes.set(xlabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
         axes.xaxis.set_major_formatter(lambda value, _, form=form: form(value))

@@ -78,8 +78,7 @@ def write_family(family: Report, to: Path) -> None:
     ]
     tried = [
         {
-            "teacher": not number,
-            "chosen": False,
+            "name": each["name"] if number else "teacher",
             "measured": {"loss": each["loss"]},
             "costs": {"weights": each["bytes"], "flops": each["flops_per_token"]},
         }
@@ -349,7 +348,8 @@ def _pareto(tried: list[Report], teacher: Report | None) -> pictures.Picture | N
     if len(tried) < 2 or not teacher or not teacher["measured"]:
         return None
     kinds = ["memory", "latency" if "latency" in teacher["costs"] else "flops"]
-    return pictures.pareto([*tried, {**teacher, "teacher": True}], {kind: COSTS[kind] for kind in kinds})
+    named = [{**each, "name": "chosen" * each["chosen"]} for each in tried]
+    return pictures.pareto([*named, {**teacher, "name": "teacher"}], {kind: COSTS[kind] for kind in kinds})
 
 
 def _importance_pictures(report: Report) -> list[pictures.Picture]:
