@@ -8,9 +8,9 @@ import pytest
 from conftest import SMALL
 from test_pipeline import make_recipe
 
-from prunus import recipe
+from prunus import pipeline, recipe
 from prunus.checkpoint import load
-from prunus.errors import BadOutput, BadRecipe, BudgetUnreachable
+from prunus.errors import BadOutput, BadRecipe, BudgetUnreachable, Stopped
 from prunus.pipeline import compress
 from prunus.run import LARGER, Run, is_run
 from prunus.sizes import members
@@ -70,6 +70,24 @@ def test_the_same_again_does_nothing_and_another_size_starts_anew(in_rounds):
     other = in_rounds.recipe.model_copy(update={"params": "0.4x", "stop_after": "measure"})
     with pytest.raises(BadOutput, match="rounds"):
         compress(other)
+
+
+def test_a_run_that_is_killed_between_its_rounds_ends_with_the_same_bits(in_rounds, tmp_path, monkeypatch):
+    again = in_rounds.recipe.model_copy(update={"to": str(tmp_path / "run")})
+    made, prune = [], pipeline.prune
+
+    def killed(*args, **options):
+        made.append(options["to"])
+        if len(made) == 2:
+            raise Stopped("killed")
+        return prune(*args, **options)
+
+    monkeypatch.setattr(pipeline, "prune", killed)
+    with pytest.raises(Stopped):
+        compress(again)
+    assert made[0].parent.name == LARGER
+    monkeypatch.setattr(pipeline, "prune", prune)
+    assert compress(again).distilled.fingerprint == in_rounds.distilled.fingerprint
 
 
 @pytest.fixture(scope="module")
