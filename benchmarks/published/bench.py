@@ -101,7 +101,7 @@ def moments(model: PreTrainedModel, blocks: Blocks, module: str) -> tuple[Tensor
 
 def weights(model: PreTrainedModel, module: str) -> Tensor:
     """Of a module of each layer, [L, O, I]."""
-    return torch.stack([layer.get_submodule(f"{module}.weight").detach() for layer in anatomy.layers_of(model)])
+    return torch.stack([layer.get_submodule(module).weight.detach() for layer in anatomy.layers_of(model)])
 
 
 @torch.no_grad()
