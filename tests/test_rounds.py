@@ -155,3 +155,12 @@ def test_a_size_that_cannot_be_had_is_refused_before_the_others_are_made(whole_m
     with pytest.raises(error):
         compress(make_recipe(whole_model, corpus, tmp_path / "runs", params=params))
     assert not (tmp_path / "runs").exists()
+
+
+def test_workers_without_ray_or_work_are_refused_at_once(whole_model, corpus, tmp_path, monkeypatch):
+    with pytest.raises(BadRecipe, match=r"search\.tokens"):
+        make_recipe(whole_model, corpus, tmp_path, search={"workers": 2})
+    monkeypatch.setattr("prunus.side_by_side.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(BadRecipe, match=r"prunus\[ray\]"):
+        compress(make_recipe(whole_model, corpus, tmp_path / "run", search={"workers": 2, "tokens": 512}))
+    assert not (tmp_path / "run").exists()

@@ -213,5 +213,5 @@ def _limit(kind: str, text: str, most: int, whole: int) -> Limit:
         raise BadRecipe(f"{kind}: {error}") from error
     target = round(share * whole if share is not None else parse_quantity(text, suffixes))
     if not 0 < target <= most:
-        raise BadRecipe(f"{kind}: {text} is {target:,}, but the teacher has {most:,}; pruning only removes")
+        raise BadRecipe(f"{kind}: {text} is {target:,}, but the model has {most:,}; pruning only removes")
     return Limit(kind, text, target)

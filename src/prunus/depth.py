@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -100,18 +100,53 @@ def iterative(
     Each time the one leaves without which the loss is lowest, down to half of the layers; the others have the rise that
     each alone would bring then. Higher stays longer: a layer has at least what the one that left before it has.
     """
-    source, count = source or opened(teacher), teacher.architecture.layers
-    rises_L, gone, least = torch.full((count,), math.nan), list[int](), 0.0
-    steps = max(1, math.floor((1 - LEAST) * count))
+    count = teacher.architecture.layers
+    left = _left_one_by_one(
+        teacher, blocks, max(1, math.floor((1 - LEAST) * count)), lambda gone: None, source, progress
+    )
+    return torch.where(left.rises_L.isnan(), left.others_L.clamp_min(left.most * ABOVE), left.rises_L)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Layers that left one by one.
+
+    Attributes:
+        rises_L: of the loss when each left, ascending; NaN for those that stayed.
+        others_L: what each of those that were tried last would have brought.
+        most: the highest rise.
+    """
+
+    rises_L: Tensor
+    others_L: Tensor
+    most: float
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for layer, rise in enumerate(self.rises_L.tolist()) if not math.isnan(rise)]
+
+
+def _left_one_by_one(
+    teacher: Checkpoint,
+    blocks: TokenBlocks,
+    steps: int,
+    tried: Callable[[list[int]], Collection[int] | None],
+    source: Source | None,
+    progress: Callable[[int, int], None],
+) -> _Left:
+    """Each time the least missed leaves of those that `tried` names, given the ones that are gone, ascending."""
+    source = source or opened(teacher)
+    left = _Left(torch.full((teacher.architecture.layers,), math.nan), torch.zeros(()), 0.0)
     for step in range(steps):
-        whole, losses_L = leave_one_out(teacher, blocks, without=gone, source=source)
+        gone = left.layers
+        whole, losses_L = leave_one_out(teacher, blocks, without=gone, only=tried(gone), source=source)
         leaves = int(losses_L.nan_to_num(math.inf).argmin())
-        least = max(least * ABOVE, float(losses_L[leaves]) - whole, 1e-6)
-        rises_L[leaves] = least
-        gone.append(leaves)
-        rest_L = losses_L - whole
+        most = max(left.most * ABOVE, float(losses_L[leaves]) - whole, 1e-6)
+        rises_L = left.rises_L.clone()
+        rises_L[leaves] = most
+        left = _Left(rises_L, losses_L - whole, most)
         progress(step + 1, steps)
-    return torch.where(rises_L.isnan(), rest_L.clamp_min(least * ABOVE), rises_L)
+    return left
 
 
 def rises(
@@ -148,23 +183,23 @@ def contiguous(
     """float32 [L]: as `iterative`, but what leaves is one run of neighbours.
 
     It begins with the layer that is missed least and grows at that end where the loss rises less, down to half of the
-    layers. The first layer and the last stay to the end. Source: the depth-pruned models of arXiv:2408.11796, which
+    layers. The first layer and the last are not tried. Source: the depth-pruned models of arXiv:2408.11796, which
     remove one run of layers; of those that differ in length each has the next shorter one inside.
     """
-    source, count = source or opened(teacher), teacher.architecture.layers
-    rises_L, gone, least = torch.full((count,), math.nan), list[int](), 0.0
-    steps = min(max(1, math.floor((1 - LEAST) * count)), count - 2)
-    for step in range(steps):
-        ends = range(1, count - 1) if not gone else [end for end in (gone[0] - 1, gone[-1] + 1) if 0 < end < count - 1]
-        whole, losses_L = leave_one_out(teacher, blocks, without=gone, only=ends, source=source)
-        leaves = int(losses_L.nan_to_num(math.inf).argmin())
-        least = max(least * ABOVE, float(losses_L[leaves]) - whole, 1e-6)
-        rises_L[leaves] = least
-        gone = sorted([*gone, leaves])
-        progress(step + 1, steps)
+    count = teacher.architecture.layers
+    if count < 3:
+        return torch.ones(count)
+
+    def ends(gone: list[int]) -> list[int]:
+        found = [gone[0] - 1, gone[-1] + 1] if gone else range(count)
+        return [layer for layer in found if 0 < layer < count - 1]
+
+    left = _left_one_by_one(
+        teacher, blocks, min(max(1, math.floor((1 - LEAST) * count)), count - 2), ends, source, progress
+    )
+    apart_L = torch.tensor([min(abs(layer - end) for end in left.layers) for layer in range(count)]).float()
     # The others leave from the middle outwards, if at all: nearest to the run first.
-    apart_L = torch.tensor([min(abs(layer - end) for end in gone) for layer in range(count)]).float()
-    return torch.where(rises_L.isnan(), least * ABOVE ** (1 + apart_L), rises_L)
+    return torch.where(left.rises_L.isnan(), left.most * ABOVE ** (1 + apart_L), left.rises_L)
 
 
 KINDS = {"leave_one_out": rises, "iterative": iterative, "logit_mse": logit_mse, "contiguous": contiguous}

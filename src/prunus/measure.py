@@ -100,7 +100,7 @@ def measure(
                 passes[number].batch_shape = before.shape[:2]
                 batch.stream_BSH = layerwise.run_layer(layer, before, batch.layer_inputs[number])
                 passes[number].add_cosine(before, batch.stream_BSH)
-        passes[number].finish(_metrics(layer, number, family, sketches))
+        passes[number].finish(_metrics(layer, number, family, sketches) if grams else {})
         progress(number + 1, count)
     final = _Reducer()
     final_energy = torch.zeros(teacher.architecture.hidden, device=hardware.device())

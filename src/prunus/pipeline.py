@@ -10,7 +10,19 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from prunus import architecture, console, cost, depth, hidden, importance, latency, parallel, results, text
+from prunus import (
+    architecture,
+    console,
+    cost,
+    depth,
+    hidden,
+    importance,
+    latency,
+    parallel,
+    results,
+    side_by_side,
+    text,
+)
 from prunus.budget import LIMITS, parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.distill import Progress, distill
@@ -122,6 +134,7 @@ def _do(stage: str, run: Run) -> None:
 def _check_goal(run: Run) -> None:
     """Refuse an architecture or budget that cannot be had before hours of work, or of results, are spent on it."""
     recipe, model = run.recipe, run.first
+    side_by_side.check(recipe.search.workers)
     if recipe.arch is not None:
         target = architecture.parse(recipe.arch, model.architecture)
         check_legal(model.family, model.architecture, target)

@@ -271,6 +271,8 @@ class Recipe(Section):
         mistake = _budget_mistake(vars(self))
         if mistake is None and len(self.sizes) > 1 and len(given := _given(vars(self))) > 1:
             mistake = f"params gives several sizes, which {' and '.join(given[1:])} cannot be combined with"
+        if mistake is None and self.search.workers > 1 and not self.search.tokens:
+            mistake = "search.workers: nothing is trained side by side without search.tokens"
         if mistake is None and self.score.ffn == "reconstruction" and not self.measure.grams:
             mistake = "score.ffn: reconstruction needs measure.grams: true, or choose another score"
         for score in ("leave_one_out", "iterative", "contiguous", "logit_mse"):

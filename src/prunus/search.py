@@ -347,8 +347,10 @@ class _Measurer:
         self.teacher, self.scores, self.repair = teacher, scores, repair
         self.calibration, self.heldout = calibration, heldout
         # Weights are fitted in the teacher's own type; to compare, the one that the machine is fast in will do.
-        self.base = quality(teacher.module(hardware.compute_dtype(), hardware.device()), heldout)
-        self.model = teacher.module(device=hardware.device())
+        dtype, device = hardware.compute_dtype(), hardware.device()
+        judged = teacher.module(dtype, device)
+        self.base = quality(judged, heldout)
+        self.model = judged if teacher.dtype == dtype else teacher.module(device=device)
         self.done, self.total, self.progress = 0, total, progress
 
     @torch.no_grad()

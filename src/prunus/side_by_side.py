@@ -19,15 +19,12 @@ def each(work: Callable[[Task], Result], tasks: Mapping[str, Task], *, workers: 
         work: with several workers it runs in other processes, so it and its tasks must be picklable. A worker has its
             share of the machine's cores and a GPU of its own, or a share of one; RAY_ADDRESS names a cluster.
     Raises:
-        BadRecipe: several workers without Ray.
+        BadRecipe: see `check`.
     """
+    check(workers)
     if workers == 1:
         yield from ((name, work(task)) for name, task in tasks.items())
         return
-    if importlib.util.find_spec("ray") is None:
-        raise BadRecipe(
-            "search.workers: candidates go side by side on Ray; pip install 'prunus[ray]', or leave it at 1"
-        )
     import ray
 
     mine = not ray.is_initialized()
@@ -44,3 +41,11 @@ def each(work: Callable[[Task], Result], tasks: Mapping[str, Task], *, workers: 
     finally:
         if mine:
             ray.shutdown()
+
+
+def check(workers: int) -> None:
+    """Raises BadRecipe where several are asked for and Ray is not installed."""
+    if workers > 1 and importlib.util.find_spec("ray") is None:
+        raise BadRecipe(
+            "search.workers: candidates go side by side on Ray; pip install 'prunus[ray]', or leave it at 1"
+        )
