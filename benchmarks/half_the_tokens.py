@@ -14,9 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from texts import tokenised
+
 import prunus as pr
+from prunus import hardware
 from prunus import recipe as recipes
 from prunus.budget import parse_quantity
+from prunus.text import load_blocks
 
 MINITRON = Path(__file__).parents[1] / "recipes" / "minitron.yaml"
 CALIBRATION_TOKENS, HELDOUT_TOKENS = 32768, 65536
@@ -73,16 +77,9 @@ def main() -> None:
 
 def from_scratch(options: argparse.Namespace, student: pr.Checkpoint, tokens: int) -> float:
     """Perplexity of the shape that learnt from the same teacher, from random weights."""
-    from prunus import hardware
-    from prunus.documents import documents, shuffled
-    from prunus.text import load_blocks
-
     teacher, folder = pr.load(options.model), options.to / "from-scratch"
     if not (folder / "model").exists():
-        docs = shuffled(documents(options.train), seed=0)
-        blocks = pr.tokenise(
-            docs, teacher.tokenizer(), block_size=512, max_tokens=tokens, to=folder / "text", label="train"
-        )
+        blocks = tokenised(options.train, teacher, tokens, folder / "text")
         settings = pr.Settings(tokens=tokens)
         pr.distill(student, teacher, blocks, to=folder / "model", settings=settings, random_init=True)
     heldout = load_blocks(student.folder.parent / "0-text" / "heldout")

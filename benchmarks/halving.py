@@ -17,20 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from texts import BLOCK_SIZE, tokenised
 
 import prunus as pr
 from prunus import hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import load
-from prunus.documents import documents, shuffled
 from prunus.prune import build, cut
 from prunus.schedule import Settings
 from prunus.search import Candidate
 from prunus.teacher import Cache, describe, write_cache
-from prunus.text import Blocks, load_blocks, tokenise
 from prunus.tournament import rounds, tournament
 
-BLOCK_SIZE, CALIBRATION_BLOCKS, VALIDATION_TOKENS, TEST_TOKENS = 512, 64, 16384, 32768
+CALIBRATION_BLOCKS, VALIDATION_TOKENS, TEST_TOKENS = 64, 16384, 32768
 
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> float:
@@ -47,8 +46,10 @@ class Bench:
         self.folder: Path = options.to
         self.teacher = pr.load(options.model)
         tokens = int(options.tokens)
-        text = self._text("train", options.train, tokens + CALIBRATION_BLOCKS * BLOCK_SIZE)
-        heldout = self._text("heldout", options.heldout, VALIDATION_TOKENS + TEST_TOKENS)
+        most = tokens + CALIBRATION_BLOCKS * BLOCK_SIZE
+        text = tokenised(options.train, self.teacher, most, self.folder / "train")
+        most = VALIDATION_TOKENS + TEST_TOKENS
+        heldout = tokenised(options.heldout, self.teacher, most, self.folder / "heldout")
         self.calibration = text.head(CALIBRATION_BLOCKS)
         self.train = text.select(range(CALIBRATION_BLOCKS, len(text)))
         border = VALIDATION_TOKENS // BLOCK_SIZE
@@ -64,13 +65,6 @@ class Bench:
             candidates=options.candidates,
         )
         self.candidates = [candidate for candidate in found.candidates if candidate.measured]
-
-    def _text(self, name: str, file: str, tokens: int) -> Blocks:
-        to = self.folder / name
-        if to.exists():
-            return load_blocks(to)
-        docs = shuffled(documents(file), seed=0)
-        return tokenise(docs, self.teacher.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=to, label=file)
 
     def cache(self) -> Cache:
         return write_cache(self.teacher, self.train, describe(self.teacher, self.train), to=self.folder / "cache")

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from published import METHODS, PACKAGES, Bench
 from published.bench import count
+from texts import BLOCK_SIZE, tokenised
 from transformers import PreTrainedModel
 
 import prunus as pr
 from prunus import hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import from_config
-from prunus.documents import documents, shuffled
 from prunus.evaluate import quality
 from prunus.files import atomic_file
 from prunus.masters import Masters
@@ -39,9 +39,9 @@ from prunus.schedule import Settings, learning_rate, plan
 from prunus.step import Losses, accumulate
 from prunus.tasks import LocalTask, run_tasks
 from prunus.teacher import Cache, describe, write_cache
-from prunus.text import Blocks, load_blocks, tokenise
+from prunus.text import Blocks
 
-BLOCK_SIZE, MICRO_BLOCKS = 512, 2
+MICRO_BLOCKS = 2
 CALIBRATION_TOKENS, VALIDATION_TOKENS, HELDOUT_TOKENS = 32768, 16384, 24576
 OURS, RANDOM_INIT = "Prunus", "random init, the shape of Prunus"
 
@@ -74,11 +74,7 @@ class Laboratory:
         self.rates = [float(rate) for rate in options.rates.split(",")]
 
     def _text(self, name: str, file: str, tokens: int) -> Blocks:
-        to = self.folder / "text" / name
-        if to.exists():
-            return load_blocks(to)
-        docs = shuffled(documents(file), seed=0)
-        return tokenise(docs, self.teacher.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=to, label=file)
+        return tokenised(file, self.teacher, tokens, self.folder / "text" / name)
 
     def cache(self) -> Cache:
         """The teacher's states on the training text."""
