@@ -17,7 +17,9 @@ from prunus.run import LARGER, Run, is_run
 from prunus.sizes import members
 
 
-@pytest.mark.parametrize(("params", "rounds"), [("0.9x", 1), ("0.67x", 1), ("0.66x", 2), ("0.45x", 2), ("0.4x", 3)])
+@pytest.mark.parametrize(
+    ("params", "rounds"), [("0.9x", 1), ("0.67x", 1), ("0.66x", 2), ("0.45x", 2), ("0.4x", 3), ("0.4443x", 2)]
+)
 def test_no_round_takes_more_than_a_third(whole_model, corpus, tmp_path, params, rounds):
     run = Run(tmp_path, make_recipe(whole_model, corpus, tmp_path, params=params, distill={"tokens": 6000}))
     sizes, before = [run.teacher.parameters], run

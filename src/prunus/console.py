@@ -41,6 +41,12 @@ def stage(title: str) -> Iterator[None]:
     ERRORS.print(f"{title}: {duration(time.monotonic() - start)}")
 
 
+def heading(title: str) -> None:
+    """A line before the stages of one of several runs."""
+    if FIRST:
+        ERRORS.print(f"[bold]{title}[/bold]")
+
+
 @contextlib.contextmanager
 def bar(description: str, *, unit: str = "") -> Iterator[Callable[..., None]]:
     """A progress bar; nothing where stderr is not a terminal. Yields step(done, total, note='')."""

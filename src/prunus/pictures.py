@@ -27,7 +27,7 @@ SIZE = (5, 2.7)  # inches, of text that is 9 points high
 INK, MUTED, GRID, KEPT, REMOVED, OTHER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 THEME = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
 THEME |= {KEPT: "var(--kept)", REMOVED: "var(--removed)", OTHER: "var(--other)"}
-NAMED = {"teacher": INK, "chosen": REMOVED}
+NAMED = {"teacher": INK, "uncut": INK, "chosen": REMOVED}
 KEPT_RGB, REMOVED_RGB = (0.18, 0.53, 0.78), (0.87, 0.44, 0.07)
 """For pictures made of pixels, which cannot follow the theme. Blue and orange: colour-blind eyes tell them apart."""
 
@@ -195,6 +195,7 @@ def pareto(tried: Sequence[Mapping[str, Any]], against: Mapping[str, tuple[str, 
             axes.scatter(*point, s=34, color=NAMED.get(name, KEPT), alpha=0.85, linewidth=0)
             axes.annotate(name, point, xytext=(-6, 6), textcoords="offset points", ha="right")
         axes.set(xlabel=label)
+        axes.margins(x=0.25)  # for the names
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
         axes.xaxis.set_major_formatter(lambda value, _, form=form: form(value))
     panels[0].set_ylabel("measured loss")

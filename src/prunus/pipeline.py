@@ -98,6 +98,7 @@ def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
     root, sizes, runs = check_folder(Path(recipe.to)), members(recipe), list[Run]()
     parallel.first_alone(lambda: write_recipe(recipe, root))
     for member in sizes:
+        console.heading(f"{member.params}:")
         runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
     if recipe.stop_after == "report":
         family = results.family(runs)
@@ -112,7 +113,9 @@ def _make_larger(run: Run) -> None:
     if recipe is None:
         shutil.rmtree(larger, ignore_errors=True)  # of an earlier recipe
         return
+    console.heading(f"a larger student first, of {int(recipe.params or 0):,} parameters:")
     compress(recipe, redo=True, beside=run.root)
+    console.heading(f"then {run.recipe.params} out of it:")
     if recipe.distill.teacher_cache is not None:
         parallel.first_alone(lambda: share(larger / TEACHER_CACHE, run.root / TEACHER_CACHE))
 

@@ -37,9 +37,8 @@ FIELDS: dict[str, tuple[str, Callable[[float | None], str], str]] = {
 COMPARISONS = ("kl_to_teacher", "top1_agreement")
 """Fields that compare with the teacher, so that student / teacher says nothing more."""
 SIZE_FIELDS = [
-    (key, FIELDS[key])
-    for key in ("parameters", "bytes", "flops_per_token", "perplexity", "kl_to_teacher", "decode_tokens_per_second")
-]
+    (key, FIELDS[key]) for key in ("parameters", "bytes", "flops_per_token", "perplexity", "kl_to_teacher")
+] + [("decode_speedup", ("Generation", formats.times, ""))]
 """Columns of the page of several sizes."""
 COSTS = {
     "weights": ("bytes of the weights", formats.byte_size),
@@ -231,7 +230,9 @@ def _training(training: Report) -> list[tuple[str, str]]:
     # One step's loss says more of its text than of the student.
     tenth = -(-len(losses) // 10)
     first, last = (statistics.fmean(some) for some in (losses[:tenth], losses[-tenth:]))
+    rounds = training.get("rounds", 1)
     return [
+        *([("rounds", f"{rounds} of as many tokens; this is the last")] if rounds > 1 else []),
         ("steps", formats.count(training["steps"])),
         ("tokens", formats.count(training["tokens"])),
         ("time", formats.seconds(training["seconds"])),
@@ -340,16 +341,16 @@ def _pictures(report: Report) -> dict[str, Any]:
         "importance": _importance_pictures(report) if report["scores"] else [],
         "curve": pictures.training(known) if known else None,
         "scatter": pictures.candidates(tried) if len(tried) > 2 else None,
-        "pareto": _pareto(tried, report["candidate_teacher"]),
+        "pareto": _pareto(tried, report["uncut"]),
     }
 
 
-def _pareto(tried: list[Report], teacher: Report | None) -> pictures.Picture | None:
-    if len(tried) < 2 or not teacher or not teacher["measured"]:
+def _pareto(tried: list[Report], uncut: Report | None) -> pictures.Picture | None:
+    if len(tried) < 2 or not uncut or not uncut["measured"]:
         return None
-    kinds = ["memory", "latency" if "latency" in teacher["costs"] else "flops"]
+    kinds = ["memory", "latency" if "latency" in uncut["costs"] else "flops"]
     named = [{**each, "name": "chosen" * each["chosen"]} for each in tried]
-    return pictures.pareto([*named, {**teacher, "name": "teacher"}], {kind: COSTS[kind] for kind in kinds})
+    return pictures.pareto([*named, {**uncut, "name": "uncut"}], {kind: COSTS[kind] for kind in kinds})
 
 
 def _importance_pictures(report: Report) -> list[pictures.Picture]:

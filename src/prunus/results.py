@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import prunus
-from prunus import console, cost, hardware
+from prunus import console, cost, formats, hardware
 from prunus.architecture import Architecture
 from prunus.budget import LIMITS, Budget, Costs
 from prunus.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ LISTED_CANDIDATES = 30
 FAMILY = "family.json"
 
 
-def searched(found: Search, teacher: Checkpoint, budget: Budget) -> dict[str, Any]:
+def searched(found: Search, parent: Checkpoint, budget: Budget) -> dict[str, Any]:
     """2-candidates.json of a search."""
     best = found.best.architecture
     return {
@@ -63,9 +63,9 @@ def searched(found: Search, teacher: Checkpoint, budget: Budget) -> dict[str, An
         },
         "probes": dict(found.probes),
         "considered": found.considered,
-        "teacher": {
-            "costs": _costs(budget.costs, teacher.architecture),
-            "measured": found.teacher and _measured(found.teacher),
+        "uncut": {
+            "costs": _costs(budget.costs, parent.architecture),
+            "measured": found.uncut and _measured(found.uncut),
         },
         "candidates": [
             _candidate(entry, chosen=entry is found.best) | {"costs": _costs(budget.costs, entry.architecture)}
@@ -187,9 +187,9 @@ def collect(run: Run) -> dict[str, Any]:
         "scores": _scores(run) if run.finished("score") else None,
         "kept": _kept(run) if run.finished("prune") else None,
         "candidates": searched["candidates"] if searched else [],
-        "candidate_teacher": searched and searched.get("teacher"),
+        "uncut": searched and searched.get("uncut"),
         "models": evaluation.get("models", []),
-        "training": training,
+        "training": training and training | {"rounds": run.rounds},
         "samples": evaluation.get("samples", []),
         "stages": [{"name": name, "seconds": entry["seconds"]} for name, entry in run.log["stages"].items()],
         "warnings": [],
@@ -197,7 +197,8 @@ def collect(run: Run) -> dict[str, Any]:
 
 
 def family(runs: Sequence[Run]) -> dict[str, Any]:
-    """family.json: the teacher and each size, with what was measured of them."""
+    """family.json: the teacher and each size, with what was measured of them. Its speed is beside the teacher's, which
+    ran in turns with it."""
     reports = [read_json(run.root / "5-report.json") for run in runs]
     folders = [run.root.name for run in runs]
     teacher = next(model for model in reports[0]["models"] if model["key"] == "teacher")
@@ -207,7 +208,12 @@ def family(runs: Sequence[Run]) -> dict[str, Any]:
     ]
     return {
         "created": datetime.now(UTC).isoformat("T", "seconds"),
-        "teacher": {"name": reports[0]["teacher"]["name"], "page": None, **_costs_and(teacher, reports[0]["teacher"])},
+        "teacher": {
+            "name": reports[0]["teacher"]["name"],
+            "page": None,
+            **_costs_and(teacher, reports[0]["teacher"]),
+            "decode_speedup": 1.0,
+        },
         "sizes": members,
     }
 
@@ -215,13 +221,13 @@ def family(runs: Sequence[Run]) -> dict[str, Any]:
 def _last(report: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of the student that the run ended with."""
     model = next(m for m in reversed(report["models"]) if m["key"] in ("repaired", "distilled"))
-    seconds = sum(stage["seconds"] for stage in report["stages"])
-    trained = (report["training"] or {}).get("tokens")
-    return {**_costs_and(model, report["student"]), "training_tokens": trained, "seconds": seconds}
+    teacher = next(m for m in report["models"] if m["key"] == "teacher")
+    rates = [each.get("decode_tokens_per_second") for each in (model, teacher)]
+    return {**_costs_and(model, report["student"]), "decode_speedup": rates[0] and rates[0] / rates[1]}
 
 
 def _costs_and(model: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    quality = ("loss", "perplexity", "kl_to_teacher", "top1_agreement", "decode_tokens_per_second")
+    quality = ("loss", "perplexity", "kl_to_teacher", "top1_agreement")
     costs = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
     return {key: model.get(key) for key in quality} | {key: facts[key] for key in costs}
 
@@ -292,7 +298,7 @@ def show_family(root: Path) -> None:
         table.add_column(heading, no_wrap=True, justify="left" if not heading else "right")
     for size in (family["teacher"], *family["sizes"]):
         quality = (f"{size['perplexity']:.2f}", f"{size['kl_to_teacher']:.3f}")
-        table.add_row(size["name"], f"{size['parameters'] / 1e6:,.1f}M", *quality)
+        table.add_row(size["name"], formats.count(size["parameters"]), *quality)
     out = Console(highlight=False)
     out.print(table)
     out.print(f"Wrote {root / 'report.html'}")

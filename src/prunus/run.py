@@ -50,6 +50,8 @@ LARGER = "0-larger"
 """The run of the larger student that this one is cut out of, where a cut of more than a third goes in rounds."""
 LARGEST_CUT = 1 / 3
 """Share of the parameters that one cut takes at most; more goes in rounds (Minitron, arXiv:2407.14679)."""
+ROUNDING = 0.01
+"""Of a number of rounds: 0.9x to 0.4x is two cuts of a third, though the parameters miss that by a few."""
 BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
 TOURNAMENT = ".tournament"
@@ -116,7 +118,7 @@ class Run:
             return 1, 0
         (limit,) = parse_budget(self.first, whole=self.teacher, params=self.recipe.params).limits
         share = limit.target / self.first.parameters
-        count = max(1, math.ceil(math.log(share) / math.log(1 - LARGEST_CUT) - 1e-6))
+        count = max(1, math.ceil(math.log(share) / math.log(1 - LARGEST_CUT) - ROUNDING))
         return count, round(limit.target / share ** (1 / count))
 
     @property

@@ -82,14 +82,14 @@ class Search:
         probes: axis → nats per token of a full loss of that axis, as extrapolated from its probe.
         considered: legal architectures within the tolerance.
         note: why the budget was missed by more than the tolerance, if so.
-        teacher: measured on the same text; None if nothing was measured.
+        uncut: what is cut, measured on the same text; None if nothing was measured.
     """
 
     candidates: list[Candidate]
     probes: Mapping[str, float]
     considered: int
     note: str | None
-    teacher: Quality | None = None
+    uncut: Quality | None = None
 
     @property
     def best(self) -> Candidate:

@@ -20,7 +20,7 @@ PARTS = {
     str: ("prunus", "created"),
     dict: (
         *("versions", "recipe", "teacher", "parent", "student", "budget"),
-        *("text", "scores", "kept", "candidate_teacher", "training"),
+        *("text", "scores", "kept", "uncut", "training"),
     ),
     list: ("candidates", "models", "samples", "stages", "warnings"),
 }
