@@ -4,9 +4,10 @@ Usage: python benchmarks/half_the_tokens.py MODEL --train TEXT --heldout FILE [-
        [--seeds 1] [--from-scratch 40] --to FOLDER
 
 Both recipes search, cut and train by themselves (`recipes/minitron.yaml`, and no recipe at all), on the same text, with
-as much of it for calibration, and are measured on the same held-out text. --from-scratch N trains the shape that Prunus
-found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. Runs lie in FOLDER and are not
-made again.
+as much of it for calibration, and are measured on the same held-out text. Further seeds of the first share take the
+shape that the first seed found; they draw other calibration text and another order. --from-scratch N trains the shape
+that Prunus found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. Runs lie in FOLDER
+and are not made again.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from prunus.budget import parse_quantity
 from prunus.text import load_blocks
 
 MINITRON = Path(__file__).parents[1] / "recipes" / "minitron.yaml"
-CALIBRATION_TOKENS, HELDOUT_TOKENS = 32768, 65536
+FROM_SCRATCH_RATE = 1e-3
+"""Random weights want a higher one."""
+CALIBRATION_TOKENS, HELDOUT_TOKENS = 32768, 49152
 
 
 def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes: Any) -> dict[str, dict[str, float]]:
@@ -57,15 +60,17 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     tokens = int(options.tokens)
-    minitron = recipes.read_yaml(MINITRON)
+    recipe = {"Minitron": (recipes.read_yaml(MINITRON), tokens), "Prunus": ({}, tokens // 2)}
     for place, share in enumerate(options.shares.split(",")):
         for seed in range(options.seeds if place == 0 else 1):
-            changes: dict[str, Any] = {"params": f"{share}x", "distill__seed": seed}
-            theirs = run(options, f"{share}-minitron-{seed}", minitron, distill__tokens=tokens, **changes)
-            ours = run(options, f"{share}-prunus-{seed}", {}, distill__tokens=tokens // 2, **changes)
-            show("teacher", ours["teacher"])
-            show(f"{share}x, seed {seed}: Minitron, {tokens:,} tokens", theirs["distilled"])
-            show(f"{share}x, seed {seed}: Prunus, {tokens // 2:,} tokens", ours["distilled"])
+            for name, (base, budget) in recipe.items():
+                changes: dict[str, Any] = {"params": f"{share}x", "distill__tokens": budget, "distill__seed": seed}
+                if seed:
+                    first = pr.load(str(options.to / f"{share}-{name}-0" / "3-pruned"))
+                    changes |= {"params": None, "arch": str(first.architecture)}
+                found = run(options, f"{share}-{name}-{seed}", base, **changes)
+                show("teacher", found["teacher"])
+                show(f"{share}x, seed {seed}: {name}, {budget:,} tokens", found["distilled"])
     if options.from_scratch:
         share, few = options.shares.split(",")[0], tokens // 10
         ours = run(options, f"{share}-few", {}, params=f"{share}x", distill__tokens=few)
@@ -80,7 +85,7 @@ def from_scratch(options: argparse.Namespace, student: pr.Checkpoint, tokens: in
     teacher, folder = pr.load(options.model), options.to / "from-scratch"
     if not (folder / "model").exists():
         blocks = tokenised(options.train, teacher, tokens, folder / "text")
-        settings = pr.Settings(tokens=tokens)
+        settings = pr.Settings(tokens=tokens, learning_rate=FROM_SCRATCH_RATE)
         pr.distill(student, teacher, blocks, to=folder / "model", settings=settings, random_init=True)
     heldout = load_blocks(student.folder.parent / "0-text" / "heldout")
     third = len(heldout) // 3  # what the run searched with

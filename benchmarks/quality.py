@@ -5,7 +5,7 @@ Usage: python benchmarks/quality.py MODEL --train TEXT --calibration TEXT --held
        [--tasks FOLDER] [--limit N] --to FOLDER
 
 Each row is measured without any training, and after distillation on the same tokens with Prunus's own loop and
-settings, at the best of several learning rates: what differs is the student alone. A row is written when it is done,
+settings, or at the best of several learning rates: what differs is the student alone. A row is written when it is done,
 and not made again; the table is made of those that are there. Calibration, training and held-out text must be different
 files. With --tasks FOLDER, which holds arc_easy_test.jsonl, hellaswag_val.jsonl and blimp_50each.jsonl, the share of
 the teacher's accuracy above chance that is kept, with an interval of 95 % over the rows of the task.
@@ -71,7 +71,7 @@ class Laboratory:
         self.validation = calibration.select(range(border, len(calibration)))
         self.heldout = {Path(file).name: self._text(Path(file).name, file, HELDOUT_TOKENS) for file in options.heldout}
         self.judge = self.teacher.module(hardware.compute_dtype(), hardware.device())
-        self.rates = [float(rate) for rate in options.rates.split(",")]
+        self.rates = [float(rate) for rate in options.rates.split(",")] if options.rates else [None]
 
     def _text(self, name: str, file: str, tokens: int) -> Blocks:
         return tokenised(file, self.teacher, tokens, self.folder / "text" / name)
@@ -122,7 +122,7 @@ def random_init(bench: Bench) -> PreTrainedModel:
 ROWS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {**METHODS, OURS: prunus, RANDOM_INIT: random_init}
 
 
-def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, rate: float) -> PreTrainedModel:
+def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, rate: float | None) -> PreTrainedModel:
     """`prunus.distill` of a copy of a model in memory, which need not be one that a checkpoint can hold."""
     model, settings = copy.deepcopy(model), Settings(tokens=blocks.num_tokens, learning_rate=rate)
     schedule = plan(settings, hidden=model.config.hidden_size, num_blocks=len(blocks), block_size=blocks.block_size)
@@ -132,7 +132,7 @@ def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, rate: float)
     for step in range(schedule.steps):
         curve.append(accumulate(losses, masters, curve, schedule))
         masters.clip(settings.clip)
-        masters.step(learning_rate(step, schedule, settings))
+        masters.step(learning_rate(step, schedule, settings, [point["loss"] for point in curve]))
         masters.forget_gradients()
     return model.eval()
 
@@ -186,7 +186,7 @@ def table(laboratory: Laboratory, share: str, scored: Mapping[str, Any], teacher
             for when in ("before", "after")
             for name in names
         ]
-        cells.append(f"{row['rate']:.1e}")
+        cells.append(f"{row['rate']:.1e}" if row["rate"] else "")
         cells += [
             kept(row["tasks"][name], teacher[name], chance) if name in row["tasks"] else ""
             for name, (_, chance) in scored.items()
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--heldout", action="append", required=True)
     parser.add_argument("--shares", default="0.8,0.67,0.5")
     parser.add_argument("--tokens", type=parse_quantity, default=100_000)
-    parser.add_argument("--rates", default="1.5e-4,3e-4", help="learning rates of the distillation")
+    parser.add_argument("--rates", help="learning rates to choose from; default: Prunus's own")
     parser.add_argument("--only", help="methods, separated by semicolons")
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--limit", type=int)

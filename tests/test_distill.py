@@ -258,7 +258,7 @@ def test_repeated_bad_steps_go_back_and_slow_down(setting, tmp_path, monkeypatch
     assert len(record["events"]) == 1
     assert record["steps"] == 20
     plan_ = plan(settings, hidden=48, num_blocks=len(setting[2]), block_size=32)
-    assert record["curve"][-1]["learning_rate"] == pytest.approx(learning_rate(19, plan_, settings) / 2)
+    assert record["curve"][-1]["learning_rate"] == pytest.approx(learning_rate(19, plan_, settings, []) / 2)
 
 
 def test_a_training_that_never_recovers_says_so(setting, tmp_path, monkeypatch):
@@ -284,9 +284,9 @@ def test_a_stop_signal_loses_nothing(setting, tmp_path):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_start_at_the_peak_and_end_where_they_should(name):
-    settings = Settings(tokens=100 * 64, batch_tokens=64, schedule=name, decay_share=0.2)
+    settings = Settings(tokens=100 * 64, batch_tokens=64, learning_rate=3e-4, schedule=name, decay_share=0.2)
     schedule = plan(settings, hidden=576, num_blocks=1000, block_size=32)
-    rates = [learning_rate(step, schedule, settings) for step in range(100)]
+    rates = [learning_rate(step, schedule, settings, []) for step in range(100)]
     assert rates[5] == pytest.approx(3e-4)
     assert rates[-1] == pytest.approx(3e-4 if name == "constant" else 3e-5)
     if name == "wsd":
@@ -295,19 +295,40 @@ def test_schedules_start_at_the_peak_and_end_where_they_should(name):
 
 
 def test_schedule_by_hand():
-    schedule = plan(Settings(tokens=100 * 64, batch_tokens=64), hidden=576, num_blocks=1000, block_size=32)
+    settings = Settings(tokens=100 * 64, batch_tokens=64)
+    schedule = plan(settings, hidden=576, num_blocks=1000, block_size=32)
     assert (schedule.steps, schedule.batch_blocks, schedule.warmup_steps) == (100, 2, 5)
-    rates = [learning_rate(step, schedule, Settings()) for step in range(100)]
-    assert rates[0] == pytest.approx(3e-4 / 5)
-    assert max(rates) == rates[5] == pytest.approx(3e-4)
-    assert rates[-1] == pytest.approx(3e-5)
+    losses = [1.0] * 5 + [0.1] * 95  # what comes behind the warm-up changes nothing
+    rates = [learning_rate(step, schedule, settings, losses[: step + 1]) for step in range(100)]
+    assert rates[0] == pytest.approx(2.5e-4 / 5)
+    assert max(rates) == rates[5] == pytest.approx(2.5e-4)
+    assert rates[-1] == pytest.approx(2.5e-5)
     assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_a_student_far_from_its_teacher_goes_faster(setting, tmp_path):
+    schedule = plan(Settings(tokens=64), hidden=144, num_blocks=1000, block_size=32)
+    far, near, farthest = (
+        learning_rate(0, schedule, Settings(), [loss]) * schedule.warmup_steps for loss in (2.25, 0.25, 1e3)
+    )
+    assert (far, near, farthest) == pytest.approx((2 * 1.5 * 2.5e-4, 2 * 0.5 * 2.5e-4, 2 * 2.0 * 2.5e-4))
+    for settings, distilled in (
+        (Settings(learning_rate=1e-4), True),
+        (Settings(divergence="reverse_kl"), True),
+        (Settings(cross_entropy_share=0.5), True),
+        (Settings(), False),
+    ):
+        assert not plan(settings, hidden=144, num_blocks=1000, block_size=32, distilled=distilled).by_distance
+    written = trained(setting, tmp_path / "a", settings=dataclasses.replace(FAST, learning_rate=None))
+    points = json.loads((written.folder / "training.json").read_text())["curve"]
+    kl = sum(point["loss"] for point in points[: max(1, round(0.05 * len(points)))])
+    assert max(point["learning_rate"] for point in points) == pytest.approx(2.5e-4 * math.sqrt(576 / 48 * kl))
 
 
 def test_derived_settings():
     big = plan(Settings(), hidden=4096, num_blocks=10**6, block_size=512)
     assert big.batch_blocks == 512
-    assert big.learning_rate == pytest.approx(1.125e-4)
+    assert big.learning_rate == pytest.approx(0.9375e-4)
     small = plan(Settings(), hidden=576, num_blocks=130, block_size=512)
     assert small.batch_blocks == 1
     assert small.steps == 130

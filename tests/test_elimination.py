@@ -1,4 +1,4 @@
-"""What each neuron is worth, against least squares done anew for every neuron."""
+"""What each neuron or head is worth, against least squares done anew for every one."""
 
 import itertools
 
@@ -39,6 +39,18 @@ def test_each_time_the_least_missed_one_leaves(layer):
         assert float(found[neuron]) >= rise * (1 - 1e-2)
         gone.append(neuron)
     assert float(found.min()) == pytest.approx(error_without(h_NF, weight_OF, gone[:1]), rel=1e-2)
+
+
+def test_columns_of_a_head_leave_together(layer):
+    h_NF, weight_OF = layer
+    found = removal_errors(h_NF.T @ h_NF / len(h_NF), weight_OF, columns=2, damping=1e-9)
+    heads = [[0, 1], [2, 3], [4, 5]]
+    alone = [error_without(h_NF, weight_OF, head) for head in heads]
+    first, second, last = found.argsort().tolist()
+    assert first == min(range(3), key=alone.__getitem__)
+    assert float(found[first]) == pytest.approx(alone[first], rel=1e-2)
+    both = {i: error_without(h_NF, weight_OF, heads[first] + heads[i]) for i in (second, last)}
+    assert both[second] < both[last]
 
 
 def test_it_leaves_less_error_than_scores_of_neurons_alone(layer):

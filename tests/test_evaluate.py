@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -199,6 +200,24 @@ def test_speed_takes_turns() -> None:
     assert "".join(turns) == "ab" + "abab"
     assert list(found) == ["a", "b"]
     assert all(min(vars(rates).values()) > 0 for rates in found.values())
+
+
+def test_a_turn_of_a_slower_machine_leaves_the_ratio_of_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    slowness, own, calls = [1.0, 3.0, 1.5, 2.0], {"a": 2.0, "b": 5.0}, []
+
+    def timed(model, prompt_tokens, new_tokens) -> tuple[float, float]:
+        calls.append(model)
+        turn = (len(calls) - 3) // 2  # behind the warm-up of both
+        hiccup = 4.0 if (model, turn) == ("a", 0) else 1.0
+        seconds = own[model] * slowness[max(turn, 0)] * hiccup
+        return seconds, 4 * seconds
+
+    monkeypatch.setattr(evaluate, "_prefill_and_decode_seconds", timed)
+    monkeypatch.setattr(evaluate.hardware, "plain", lambda models: contextlib.nullcontext())
+    monkeypatch.setattr(evaluate, "evaluation_mode", lambda models: contextlib.nullcontext())
+    found = evaluate.speed({"a": "a", "b": "b"}, prompt_tokens=10, new_tokens=4, repeats=4)
+    ratio = found["a"].decode_tokens_per_second / found["b"].decode_tokens_per_second
+    assert ratio == pytest.approx(5.0 / 2.0)
 
 
 @pytest.fixture(scope="module")

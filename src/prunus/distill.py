@@ -113,7 +113,13 @@ def distill(
     """
     to, settings = Path(to), settings or Settings()
     hardware.keep_freed_memory()
-    schedule = plan(settings, hidden=student.architecture.hidden, num_blocks=len(blocks), block_size=blocks.block_size)
+    schedule = plan(
+        settings,
+        hidden=student.architecture.hidden,
+        num_blocks=len(blocks),
+        block_size=blocks.block_size,
+        distilled=teacher is not None,
+    )
     dtype, device = dtype or hardware.compute_dtype(), hardware.device()
     _check(settings, schedule, teacher, blocks, pairs, validation)
     key = _key(student, teacher, blocks, settings, random_init, dtype, pairs, validation)
@@ -285,9 +291,10 @@ def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.devi
 
 def _step(losses: Losses, masters: Masters, state: State, schedule: Plan) -> dict[str, Any]:
     """One step, left out where its gradient is not to be trusted."""
-    settings = losses.settings
-    rate = state.rate_factor * learning_rate(len(state.curve), schedule, settings)
+    settings, step = losses.settings, len(state.curve)
     point = accumulate(losses, masters, state.curve, schedule)
+    so_far = [each["loss"] for each in [*state.curve[: schedule.warmup_steps], point]]
+    rate = state.rate_factor * learning_rate(step, schedule, settings, so_far)
     point |= {"learning_rate": rate, "norm": masters.clip(settings.clip)}
     if watch.is_bad(point, state.curve):
         point["skipped"] = True

@@ -129,11 +129,12 @@ def qualities(
 def speed(
     models: Mapping[str, PreTrainedModel], *, prompt_tokens: int = 512, new_tokens: int = 32, repeats: int = 3
 ) -> dict[str, Speed]:
-    """Prefill and greedy decoding rate of each model, medians over `repeats`.
+    """Prefill and greedy decoding rate of each model.
 
     After a warm-up of each, the models take turns (A B A B), so that a busy moment of the machine hits all of them.
-    The decode rate excludes the prefill; the prompt is random tokens, the same for all. Models run as transformers
-    alone runs them, which is what a user of the checkpoint will see.
+    What counts is a model's share of its turn, the median over `repeats`: the machine is faster in one turn than in
+    another. The decode rate excludes the prefill; the prompt is random tokens, the same for all. Models run as
+    transformers alone runs them, which is what a user of the checkpoint will see.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with hardware.plain(models.values()), evaluation_mode(models.values()), torch.inference_mode():
@@ -142,11 +143,18 @@ def speed(
         for _ in range(repeats):
             for name, model in models.items():
                 seconds[name].append(_prefill_and_decode_seconds(model, prompt_tokens, new_tokens))
+    prefill, decode = (
+        _typical({name: [run[part] for run in runs] for name, runs in seconds.items()}) for part in (0, 1)
+    )
+    return {name: Speed(prompt_tokens / prefill[name], new_tokens / decode[name]) for name in models}
+
+
+def _typical(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Of each name: the median of its shares of the turns, of a turn as long as most are."""
+    turns = [sum(turn) for turn in zip(*seconds.values(), strict=True)]
+    whole = statistics.median(turns)
     return {
-        name: Speed(
-            prefill_tokens_per_second=prompt_tokens / statistics.median(prefill for prefill, _ in runs),
-            decode_tokens_per_second=new_tokens / statistics.median(decode for _, decode in runs),
-        )
+        name: whole * statistics.median(own / turn for own, turn in zip(runs, turns, strict=True))
         for name, runs in seconds.items()
     }
 

@@ -19,8 +19,8 @@ DEFAULTS = {
     "layers": "block_influence",
     "hidden": "energy",
     "ffn": "reconstruction",
-    "heads": "output",
-    "kv_heads": "sum",
+    "heads": "reconstruction",
+    "kv_heads": "reconstruction",
     "experts": "reap",
     "expert_ffn": "output",
     "shared_ffn": "reconstruction",
@@ -36,6 +36,9 @@ DEFAULTS = {
 
 Minitron's choices, but for "energy" and "reconstruction", which start better here (see LOG.md).
 """
+
+WITHOUT_GRAMS = {"ffn": "activation", "heads": "output", "kv_heads": "sum", "shared_ffn": "activation"}
+"""Instead of those of `DEFAULTS` where no Gram matrices were measured."""
 
 
 def aggregate(sums_32LC: Tensor, num_blocks: int, aggregation: str) -> Tensor:
@@ -74,9 +77,8 @@ def preactivation(stats: Statistics, axis: str, aggregation: str) -> Tensor:
 
 
 def reconstruction(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """[L, F]: root of what it costs when a neuron leaves, after those that leave before it, and those that stay make up
-    for it by least squares (`elimination.removal_errors`). Needs `measure(grams=True)`.
-    """
+    """[L, C]: root of what it costs when a neuron, head or group leaves after those before it and others make up for
+    it by least squares (`elimination.removal_errors`). Needs `measure(grams=True)`."""
     if axis not in stats.removal:
         raise BadRecipe(
             f"score {axis}=reconstruction needs Gram matrices: measure with grams (recipe: measure.grams: true)"
@@ -201,8 +203,14 @@ TABLE: Mapping[str, Mapping[str, Score]] = {
     },
     "hidden": {"energy": energy, "norm_output": norm_output, "magnitude": magnitude, "random": random},
     "ffn": NEURONS,
-    "heads": {"output": head_output, "magnitude": magnitude, "random": random},
-    "kv_heads": {"sum": group_sum, "l2": group_l2, "magnitude": magnitude, "random": random},
+    "heads": {"output": head_output, "reconstruction": reconstruction, "magnitude": magnitude, "random": random},
+    "kv_heads": {
+        "reconstruction": reconstruction,
+        "sum": group_sum,
+        "l2": group_l2,
+        "magnitude": magnitude,
+        "random": random,
+    },
     "experts": {"reap": reap, "frequency": frequency, "magnitude": magnitude, "random": random},
     "expert_ffn": {
         "output": expert_output,
@@ -226,11 +234,12 @@ def score(stats: Statistics, **functions: str) -> Scores:
 
     Args:
         stats: from `measure`.
-        functions: axis → name in `TABLE`, and aggregation → one of `AGGREGATIONS`; the rest as in `DEFAULTS`.
+        functions: axis → name in `TABLE`, and aggregation → one of `AGGREGATIONS`; the rest as in `DEFAULTS`, or
+            `WITHOUT_GRAMS`.
     Raises:
         BadRecipe: unknown axis or function, or statistics that the function needs were not measured.
     """
-    chosen = DEFAULTS | functions
+    chosen = DEFAULTS | ({} if stats.removal else WITHOUT_GRAMS) | functions
     mistakes = [
         f"unknown score axis {axis!r}; axes: {', '.join(DEFAULTS)}" for axis in functions if axis not in DEFAULTS
     ]

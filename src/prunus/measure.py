@@ -28,6 +28,8 @@ from prunus.source import Source, opened
 from prunus.weight_norms import HEADS, weight_norms
 
 BATCH_BLOCKS = 4
+SUMMED = ("mamba_heads", "linear_heads")
+"""Axes whose parts have no Gram matrix: their scores are sums of what each writes."""
 GRAM_TOKENS = 8192
 """Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
 REDUCTIONS = ("mean", "l2", "var")
@@ -49,7 +51,8 @@ class Statistics:
             norms of the stream; of latents "energy/" and the axis, [L, C]; "energy/mamba_head_dim" Σ over heads of x².
             Of the weights, squared norms "weight/" and the axis: [L, C], [H] for hidden, [L, E, F] for expert_ffn; and
             "write/expert_ffn" of the columns that write.
-        removal: "ffn", "shared_ffn" → `elimination.removal_errors`, [L, F]; empty unless measured with `grams`.
+        removal: "ffn", "shared_ffn", "heads", "kv_heads" → `elimination.removal_errors`, [L, C]; empty unless measured
+            with `grams`.
             Measured by the loss, in nats per token; else by the squared error of what is written.
 
     Where layers are of several kinds, a layer that lacks what is summed has zeros.
@@ -144,10 +147,10 @@ def _collect(
 
 
 def _metrics(layer: nn.Module, number: int, family: Family, sketches: Sketches | None) -> dict[str, Tensor]:
-    """Axis → what its neurons write, [O, F]; as the loss minds it, [K, F], where gradients are known (½ g gᵀ)."""
+    """Axis → what its parts write, [O, F]; as the loss minds it, [K, F], where gradients are known (½ g gᵀ)."""
     found = {}
     for branch in layerwise.branches_of(layer, family):
-        if branch.write is not None and branch.inner not in HEADS:
+        if branch.write is not None and branch.inner not in SUMMED:
             weight_OF = layerwise.weight_of(layer.get_submodule(branch.write))
             sketch = None if sketches is None else sketches[number, branch.write]
             found[branch.inner] = weight_OF.float() if sketch is None else sketch @ weight_OF.float() / math.sqrt(2)
@@ -238,6 +241,7 @@ class _LayerPass:
 
     def _see_heads(self, axis: str) -> Callable[[Tensor, Tensor], None]:
         def see(inner_BSD: Tensor, _: Tensor) -> None:
+            self._add_gram(axis, inner_BSD)
             per_head_BSAD = inner_BSD.unflatten(-1, (self.sizes[axis], -1))
             self.reducers[f"output/{axis}"].add(torch.linalg.vector_norm(per_head_BSAD, dim=-1, dtype=torch.float32))
             if axis == "mamba_heads":
@@ -263,12 +267,15 @@ class _LayerPass:
     def _see_ffn(self, axis: str) -> Callable[[Tensor, Tensor], None]:
         def see(inner: Tensor, _: Tensor) -> None:
             self.reducers[f"activation/{axis}"].add(self._blocks(inner))
-            if self.grams:
-                self.pending[axis].append(inner.flatten(0, -2))
-                if sum(map(len, self.pending[axis])) >= GRAM_TOKENS:
-                    self._add_pending(axis)
+            self._add_gram(axis, inner)
 
         return see
+
+    def _add_gram(self, axis: str, inner: Tensor) -> None:
+        if self.grams and axis not in SUMMED:
+            self.pending[axis].append(inner.flatten(0, -2))
+            if sum(map(len, self.pending[axis])) >= GRAM_TOKENS:
+                self._add_pending(axis)
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[B, S, C]; some layers and all mixtures of experts hand tokens on without the blocks that they are of."""
@@ -300,7 +307,10 @@ class _LayerPass:
         for axis in list(self.pending):
             self._add_pending(axis)
         for axis in list(self.gram):
-            self.removal[axis] = removal_errors(self.gram.pop(axis) / self.num_tokens, metrics[axis])
+            gram_FF = self.gram.pop(axis) / self.num_tokens
+            for part in (axis, "kv_heads") if axis == "heads" and "kv_heads" in self.sizes else (axis,):
+                columns = len(gram_FF) // self.sizes[part]
+                self.removal[part] = removal_errors(gram_FF, metrics[axis], columns=columns)
 
 
 def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:

@@ -217,7 +217,7 @@ def _measure(run: Run) -> None:
 
 
 def _score(run: Run) -> None:
-    save_scores(importance.score(run.statistics, **run.recipe.score.model_dump()), run.path("score"))
+    save_scores(importance.score(run.statistics, **run.recipe.score.model_dump(exclude_none=True)), run.path("score"))
 
 
 def _search(run: Run) -> None:

@@ -93,7 +93,7 @@ class Measure(Section):
     """The pass over calibration text."""
 
     tokens: Count = Field(32768, description="calibration tokens, from the training text")
-    grams: bool = Field(True, description="also Gram matrices, which the score ffn=reconstruction needs")
+    grams: bool = Field(True, description="also Gram matrices, which the score reconstruction needs")
     gradients: bool = Field(
         True, description="also gradients of a part of the text, by which the scores from Gram matrices weigh errors"
     )
@@ -103,6 +103,11 @@ class Measure(Section):
     )
     contiguous: bool = Field(False, description="also a run of neighbours leaving, as it grows (layers=contiguous)")
     logit_mse: bool = Field(False, description="also the change of the logits without each layer (layers=logit_mse)")
+
+
+def _by_grams(axis: str) -> Any:
+    plain = importance.WITHOUT_GRAMS[axis]
+    return Field(None, description=f"default: {importance.DEFAULTS[axis]}; without Gram matrices {plain}")
 
 
 def _one_of(axis: str) -> Any:
@@ -128,12 +133,12 @@ class Score(Section):
 
     layers: _one_of("layers") = importance.DEFAULTS["layers"]  # type: ignore[valid-type]
     hidden: _one_of("hidden") = importance.DEFAULTS["hidden"]  # type: ignore[valid-type]
-    ffn: _one_of("ffn") = importance.DEFAULTS["ffn"]  # type: ignore[valid-type]
-    heads: _one_of("heads") = importance.DEFAULTS["heads"]  # type: ignore[valid-type]
-    kv_heads: _one_of("kv_heads") = importance.DEFAULTS["kv_heads"]  # type: ignore[valid-type]
+    ffn: _one_of("ffn") | None = _by_grams("ffn")  # type: ignore[valid-type]
+    heads: _one_of("heads") | None = _by_grams("heads")  # type: ignore[valid-type]
+    kv_heads: _one_of("kv_heads") | None = _by_grams("kv_heads")  # type: ignore[valid-type]
     experts: _one_of("experts") = importance.DEFAULTS["experts"]  # type: ignore[valid-type]
     expert_ffn: _one_of("expert_ffn") = importance.DEFAULTS["expert_ffn"]  # type: ignore[valid-type]
-    shared_ffn: _one_of("shared_ffn") = importance.DEFAULTS["shared_ffn"]  # type: ignore[valid-type]
+    shared_ffn: _one_of("shared_ffn") | None = _by_grams("shared_ffn")  # type: ignore[valid-type]
     linear_heads: _one_of("linear_heads") = importance.DEFAULTS["linear_heads"]  # type: ignore[valid-type]
     mamba_heads: _one_of("mamba_heads") = importance.DEFAULTS["mamba_heads"]  # type: ignore[valid-type]
     mamba_head_dim: _one_of("mamba_head_dim") = importance.DEFAULTS["mamba_head_dim"]  # type: ignore[valid-type]
@@ -168,9 +173,11 @@ class Distill(Section):
     """The training. See `prunus.schedule.Settings`."""
 
     tokens: Count | None = Field(None, description="training tokens; default: the text once")
-    batch_tokens: Count | None = Field(None, description="tokens of a step; default: at least 128 steps")
+    batch_tokens: Count | None = Field(None, description="tokens of a step; default: at least 256 steps")
     micro_blocks: Count | None = Field(None, description="blocks that go through the model at once; default: what fits")
-    learning_rate: float | None = Field(None, gt=0, description="peak; default: 3e-4 · √(576 / hidden)")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak; default: 2.5e-4 · √(576 / hidden) · √(KL at the start)"
+    )
     schedule: _name(SCHEDULES) = "cosine"  # type: ignore[valid-type]
     final_share: float = Field(0.1, ge=0, le=1)
     warmup_share: float = Field(0.05, ge=0, le=1)
@@ -273,8 +280,11 @@ class Recipe(Section):
             mistake = f"params gives several sizes, which {' and '.join(given[1:])} cannot be combined with"
         if mistake is None and self.search.workers > 1 and not self.search.tokens:
             mistake = "search.workers: nothing is trained side by side without search.tokens"
-        if mistake is None and self.score.ffn == "reconstruction" and not self.measure.grams:
-            mistake = "score.ffn: reconstruction needs measure.grams: true, or choose another score"
+        fitted = [axis for axis, score in self.score if score == "reconstruction"]
+        if mistake is None and fitted and not self.measure.grams:
+            mistake = (
+                f"score.{', score.'.join(fitted)}: reconstruction needs measure.grams: true, or choose other scores"
+            )
         for score in ("leave_one_out", "iterative", "contiguous", "logit_mse"):
             if mistake is None and self.score.layers == score and not getattr(self.measure, score):
                 mistake = f"score.layers: {score} needs measure.{score}: true, or choose another score"

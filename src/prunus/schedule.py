@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prunus.errors import BadData
+
+UNIT_RATE = 2.5e-4
+"""Learning rate of a student with 576 hidden channels that is 1 nat from its teacher."""
+NATS = 0.05, 4.0
+"""Divergences between which `distance` follows them."""
 
 
 @dataclass(frozen=True)
@@ -15,9 +20,10 @@ class Settings:
 
     Attributes:
         tokens: training tokens; more than the text holds means more epochs. None: the text once.
-        batch_tokens: tokens of an optimizer step. None: at least 128 steps, at most 512 blocks a step.
+        batch_tokens: tokens of an optimizer step. None: at least 256 steps, at most 512 blocks a step.
         micro_blocks: blocks that go through the model at once; results differ by rounding only. None: what fits.
-        learning_rate: peak. None: 3e-4 · √(576 / hidden), which is 1.1e-4 at 4096 (Minitron, arXiv:2408.11796: 1e-4).
+        learning_rate: peak. None: 2.5e-4 · √(576 / hidden) · √KL, where KL is the mean divergence of the warm-up, in
+            nats; at hidden 4096 and 1 nat 0.9e-4 (Minitron, arXiv:2408.11796: 1e-4). See `distance`.
         schedule: key of `SCHEDULES`.
         final_share: learning rate at the end, as a share of the peak.
         warmup_share: share of the steps with a linearly rising learning rate.
@@ -62,13 +68,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """`Settings` made concrete for one student and text."""
+    """`Settings` made concrete for one student and text.
+
+    Attributes:
+        learning_rate: peak, of a student that is 1 nat from its teacher where it goes `by_distance`.
+        by_distance: multiply it by `distance`.
+    """
 
     steps: int
     batch_blocks: int
     block_size: int
     learning_rate: float
     warmup_steps: int
+    by_distance: bool
 
     @property
     def tokens(self) -> int:
@@ -78,31 +90,53 @@ class Plan:
         return steps * self.batch_blocks * self.block_size
 
 
-def plan(settings: Settings, *, hidden: int, num_blocks: int, block_size: int) -> Plan:
-    """Steps, batch and learning rate. Raises BadData if the text is less than one step."""
+def plan(settings: Settings, *, hidden: int, num_blocks: int, block_size: int, distilled: bool = True) -> Plan:
+    """Steps, batch and learning rate.
+
+    Args:
+        hidden: channels of the student.
+        distilled: from a teacher, not from the text itself.
+    Raises:
+        BadData: the text is less than one step.
+    """
     tokens = settings.tokens or num_blocks * block_size
     blocks = max(1, tokens // block_size)
     if settings.batch_tokens is not None:
         batch_blocks = max(1, settings.batch_tokens // block_size)
     else:
-        batch_blocks = min(512, 2 ** int(math.log2(max(1, blocks // 128))))
+        batch_blocks = min(512, 2 ** int(math.log2(max(1, blocks // 256))))
     steps = blocks // batch_blocks
     if steps < 1:
         raise BadData(
             f"distillation needs at least one step of {batch_blocks * block_size} tokens, but there are {tokens}; "
             "give more text or a smaller batch"
         )
-    rate = settings.learning_rate or 3e-4 * math.sqrt(576 / hidden)
-    return Plan(steps, batch_blocks, block_size, rate, max(1, round(settings.warmup_share * steps)))
+    rate = settings.learning_rate or UNIT_RATE * math.sqrt(576 / hidden)
+    forward_kl = settings.divergence == "forward_kl" and not settings.cross_entropy_share
+    by_distance = distilled and forward_kl and settings.learning_rate is None
+    return Plan(steps, batch_blocks, block_size, rate, max(1, round(settings.warmup_share * steps)), by_distance)
 
 
-def learning_rate(step: int, plan: Plan, settings: Settings) -> float:
-    """Of one step: linear warm-up to the peak, then down to `final_share` of it at the last step."""
+def learning_rate(step: int, plan: Plan, settings: Settings, losses: Sequence[float]) -> float:
+    """Of one step: linear warm-up to the peak, then down to `final_share` of it at the last step.
+
+    Args:
+        losses: of the steps so far, this one among them.
+    """
+    peak = plan.learning_rate * (distance(losses[: plan.warmup_steps]) if plan.by_distance else 1)
     if step < plan.warmup_steps:
-        return plan.learning_rate * (step + 1) / plan.warmup_steps
+        return peak * (step + 1) / plan.warmup_steps
     done = min(1.0, (step - plan.warmup_steps) / max(1, plan.steps - 1 - plan.warmup_steps))
     height = SCHEDULES[settings.schedule](done, settings)
-    return plan.learning_rate * (settings.final_share + (1 - settings.final_share) * height)
+    return peak * (settings.final_share + (1 - settings.final_share) * height)
+
+
+def distance(losses: Sequence[float]) -> float:
+    """Root of the mean divergence, within `NATS`: near the teacher a divergence grows with the square of the way that
+    the weights have to go, and Adam goes as far in a step as the rate says."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    least, most = NATS
+    return math.sqrt(min(max(sum(finite) / max(1, len(finite)), least), most))
 
 
 def _cosine(done: float, settings: Settings) -> float:
