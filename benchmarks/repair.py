@@ -27,7 +27,7 @@ CUTS = {
     "hidden=540": [("plain", "norm_output"), ("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
     "hidden=504": [("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
     "layers=24": [("plain", "block_influence"), ("repaired", "block_influence")],
-    "heads=6": [("plain", "output"), ("repaired", "output")],
+    "heads=6": [("plain", "output"), ("repaired", "output"), ("repaired", "reconstruction")],
 }
 
 

@@ -9,8 +9,9 @@ from conftest import for_each_kind, tiny_model
 
 from prunus import experts, hardware
 from prunus.anatomy import layers_of
-from prunus.depth import contiguous, iterative, leave_one_out, logit_mse
+from prunus.depth import contiguous, contiguous_by_task, iterative, leave_one_out, logit_mse
 from prunus.elimination import removal_errors
+from prunus.errors import BadRecipe
 from prunus.layerwise import Returned, branches_of, gram, has, weight_of
 from prunus.measure import load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
@@ -181,6 +182,25 @@ def test_neighbours_leave_as_one_run(blocks, tmp_path):
         gone.append(layer)
     apart = [min(abs(layer - other) for other in gone) for layer in order[4:]]
     assert apart == sorted(apart)
+
+
+def test_neighbours_leave_by_what_a_task_says(blocks, tmp_path):
+    deep, asked = tiny_model("llama", tmp_path, num_hidden_layers=8), []
+
+    def errors(model):
+        tokens, positions = blocks.batch(list(range(len(blocks))))
+        mask = positions[:, 1:] == positions[:, :-1] + 1
+        with torch.no_grad():
+            logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, :-1][mask]
+        asked.append(float(F.cross_entropy(logits, tokens[:, 1:][mask])))
+        return asked[-1]
+
+    source = in_memory(deep.module())
+    torch.testing.assert_close(contiguous_by_task(source, errors), contiguous(deep, blocks), rtol=1e-3, atol=1e-5)
+    assert len(asked) == len(set(asked)) <= 1 + 6 + 3 * 2, "nothing is asked for twice"
+    assert errors(source.model) == asked[6], "all layers are back"
+    with pytest.raises(BadRecipe, match="a task needs the whole model"):
+        contiguous_by_task(on_disk(deep), errors)
 
 
 def test_only_the_layers_that_are_asked_for_are_tried(llama, blocks):

@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny model, through the command line: files, resuming, and refusals."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prunus import hardware, recipe
 from prunus.checkpoint import Checkpoint, load
-from prunus.errors import BadOutput
+from prunus.errors import BadOutput, BadRecipe
 from prunus.families import family_of
 from prunus.pipeline import compress
 from prunus.run import OUTPUTS
@@ -49,6 +50,23 @@ def test_the_page_and_the_card_are_written(run):
     assert "Distilled" in (run.root / "report.html").read_text()
     assert (run.root / "4-distilled" / "README.md").read_text().startswith("---\n")
     assert (run.root / "4-distilled" / "tokenizer.json").is_file()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_layers_can_be_chosen_by_a_task(corpus, tmp_path):
+    teacher = tiny_model("llama", tmp_path / "model", num_hidden_layers=6)
+    add_tokenizer(teacher.folder)
+    rows = [{"query": WORDS[number], "choices": list(WORDS[:3]), "gold": number % 3} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {"name": "mine", "file": str(tmp_path / "rows.jsonl"), "query": "{{query}}"}
+    task |= {"choices": "choices", "gold": "gold"}
+    changes = {"measure": SMALL["measure"] | {"contiguous_by_task": task}, "score": {"layers": "contiguous_by_task"}}
+    made = compress(make_recipe(teacher.folder, corpus, tmp_path / "run", stop_after="score", **changes))
+    order = made.scores["layers"].argsort().tolist()
+    assert max(order[:3]) - min(order[:3]) == 2, "three neighbours leave first"
+    wrong = SMALL["measure"] | {"contiguous_by_task": task | {"gold": "god"}}
+    with pytest.raises(BadRecipe, match="no field 'god'"):
+        compress(make_recipe(teacher.folder, corpus, tmp_path / "other", measure=wrong, stop_after="score"))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3"])

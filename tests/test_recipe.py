@@ -154,7 +154,7 @@ def test_counts_are_whole_and_positive(value):
 
 
 def test_scores_that_need_a_measurement():
-    for score, measure in (("reconstruction", {"grams": False}), ("leave_one_out", {})):
+    for score, measure in (("reconstruction", {"grams": False}), ("leave_one_out", {}), ("contiguous_by_task", {})):
         axis = "ffn" if score == "reconstruction" else "layers"
         with pytest.raises(BadRecipe, match=f"{axis}: {score} needs measure"):
             parse(LEAST | {"score": {axis: score}, "measure": measure}, source="test")

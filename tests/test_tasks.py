@@ -148,6 +148,19 @@ def test_accuracy_is_that_of_the_log_likelihoods(
 
 
 @needs_lm_eval
+def test_errors_are_what_is_not_right(folder, model, tokenizer) -> None:
+    task = local_task_from_dict(GOOD, folder=folder)
+    right = run_tasks(model, tokenizer, [task], limit=10)["mine"]["acc"]
+    assert tasks.error_rate(model, tokenizer, task, limit=10) == pytest.approx(1 - right)
+
+
+def test_a_task_without_accuracy_cannot_choose_layers(folder, model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tasks, "run_tasks", lambda *_, **__: {"wikitext": {"word_perplexity": 20.0}})
+    with pytest.raises(BadRecipe, match="wikitext has no accuracy, only word_perplexity"):
+        tasks.error_rate(model, tokenizer, "wikitext")
+
+
+@needs_lm_eval
 def test_a_limit_takes_a_fair_sample_the_same_each_time(folder, model, tokenizer) -> None:
     sorted_rows = [{"q": "", "endings": ["a", "b"], "gold": row >= 50} for row in range(100)]
     rows = [json.dumps(row | {"gold": int(row["gold"])}) for row in sorted_rows]

@@ -5,17 +5,22 @@ Shapes: L layers, B blocks, S tokens of a block, H hidden channels, N predicted 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from prunus import layerwise
+from prunus import anatomy, layerwise
 from prunus.checkpoint import Checkpoint
+from prunus.errors import BadRecipe
 from prunus.head import Head, head_of
 from prunus.layerwise import TokenBlocks
 from prunus.measure import BATCH_BLOCKS, Statistics
@@ -29,6 +34,9 @@ CHUNK_TOKENS = 256
 
 Damage = Callable[[Tensor, Callable[[], Tensor], Tensor], Tensor]
 """Of logits, those of the whole model where they are asked for, and the right tokens; summed over tokens."""
+Missed = Callable[[list[int], Collection[int] | None], tuple[float, Tensor]]
+"""Of layers that are gone and those to try (None: all): how bad the model is, and float32 [L] how bad without each of
+these too, NaN for the others."""
 
 
 @torch.no_grad()
@@ -101,10 +109,14 @@ def iterative(
     each alone would bring then. Higher stays longer: a layer has at least what the one that left before it has.
     """
     count = teacher.architecture.layers
-    left = _left_one_by_one(
-        teacher, blocks, max(1, math.floor((1 - LEAST) * count)), lambda gone: None, source, progress
-    )
+    missed = _by_loss(teacher, blocks, source)
+    left = _left_one_by_one(missed, count, max(1, math.floor((1 - LEAST) * count)), lambda gone: None, progress)
     return torch.where(left.rises_L.isnan(), left.others_L.clamp_min(left.most * ABOVE), left.rises_L)
+
+
+def _by_loss(teacher: Checkpoint, blocks: TokenBlocks, source: Source | None) -> Missed:
+    source = source or opened(teacher)
+    return lambda gone, only: leave_one_out(teacher, blocks, without=gone, only=only, source=source)
 
 
 @dataclass(frozen=True)
@@ -127,19 +139,17 @@ class _Left:
 
 
 def _left_one_by_one(
-    teacher: Checkpoint,
-    blocks: TokenBlocks,
+    missed: Missed,
+    count: int,
     steps: int,
     tried: Callable[[list[int]], Collection[int] | None],
-    source: Source | None,
     progress: Callable[[int, int], None],
 ) -> _Left:
     """Each time the least missed leaves of those that `tried` names, given the ones that are gone, ascending."""
-    source = source or opened(teacher)
-    left = _Left(torch.full((teacher.architecture.layers,), math.nan), torch.zeros(()), 0.0)
+    left = _Left(torch.full((count,), math.nan), torch.zeros(()), 0.0)
     for step in range(steps):
         gone = left.layers
-        whole, losses_L = leave_one_out(teacher, blocks, without=gone, only=tried(gone), source=source)
+        whole, losses_L = missed(gone, tried(gone))
         leaves = int(losses_L.nan_to_num(math.inf).argmin())
         most = max(left.most * ABOVE, float(losses_L[leaves]) - whole, 1e-6)
         rises_L = left.rises_L.clone()
@@ -186,7 +196,55 @@ def contiguous(
     layers. The first layer and the last are not tried. Source: the depth-pruned models of arXiv:2408.11796, which
     remove one run of layers; of those that differ in length each has the next shorter one inside.
     """
-    count = teacher.architecture.layers
+    return _one_run(_by_loss(teacher, blocks, source), teacher.architecture.layers, progress)
+
+
+def contiguous_by_task(
+    source: Source,
+    errors: Callable[[PreTrainedModel], float],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """float32 [L]: as `contiguous`, by what a task says instead of the loss. Source: arXiv:2408.11796, which chose its
+    layers by Winogrande.
+
+    Args:
+        source: the model, whole.
+        errors: share of a task's answers that a model gets wrong.
+    Raises:
+        BadRecipe: the model is on disk.
+    """
+    if not source.whole:
+        raise BadRecipe(
+            "contiguous_by_task: a task needs the whole model, which is too large for the free memory; choose another "
+            "score of layers"
+        )
+    model, layers = source.model, anatomy.layers_of(source.model)
+
+    @functools.cache
+    def without(gone: frozenset[int]) -> float:
+        with contextlib.ExitStack() as stack:
+            for layer in gone:
+                stack.callback(layers[layer].register_forward_hook(_passed_by, with_kwargs=True).remove)
+            return errors(model)
+
+    def missed(gone: list[int], only: Collection[int] | None) -> tuple[float, Tensor]:
+        errors_L = torch.full((len(layers),), math.nan)
+        for layer in range(len(layers)) if only is None else only:
+            errors_L[layer] = without(frozenset([*gone, layer]))
+        return without(frozenset(gone)), errors_L
+
+    return _one_run(missed, len(layers), progress)
+
+
+def _passed_by(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    """What a layer gives if it does nothing."""
+    stream = args[0] if args else kwargs["hidden_states"]
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+def _one_run(missed: Missed, count: int, progress: Callable[[int, int], None]) -> Tensor:
+    """float32 [L], for `contiguous`."""
     if count < 3:
         return torch.ones(count)
 
@@ -194,9 +252,8 @@ def contiguous(
         found = [gone[0] - 1, gone[-1] + 1] if gone else range(count)
         return [layer for layer in found if 0 < layer < count - 1]
 
-    left = _left_one_by_one(
-        teacher, blocks, min(max(1, math.floor((1 - LEAST) * count)), count - 2), ends, source, progress
-    )
+    steps = min(max(1, math.floor((1 - LEAST) * count)), count - 2)
+    left = _left_one_by_one(missed, count, steps, ends, progress)
     apart_L = torch.tensor([min(abs(layer - end) for end in left.layers) for layer in range(count)]).float()
     # The others leave from the middle outwards, if at all: nearest to the run first.
     return torch.where(left.rises_L.isnan(), left.most * ABOVE ** (1 + apart_L), left.rises_L)
@@ -217,7 +274,7 @@ def with_depth(
 ) -> Statistics:
     """The statistics with what one of the scores of layers in `KINDS` needs."""
     found = KINDS[kind](teacher, blocks, source=source, progress=progress)
-    return replace(statistics, sums={**statistics.sums, kind: found})
+    return statistics.with_sum(kind, found)
 
 
 def _loss(logits_NV: Tensor, whole_NV: Callable[[], Tensor], labels_N: Tensor) -> Tensor:

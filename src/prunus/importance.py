@@ -142,9 +142,14 @@ def contiguous(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     return _of_depth(stats, "contiguous")
 
 
+def contiguous_by_task(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L]: the same by the answers of a task that go wrong (`depth.contiguous_by_task`)."""
+    return _of_depth(stats, "contiguous_by_task")
+
+
 def _of_depth(stats: Statistics, name: str) -> Tensor:
     if name not in stats.sums:
-        raise BadRecipe(f"score layers={name} needs the model without its layers (recipe: measure.{name}: true)")
+        raise BadRecipe(f"score layers={name} needs the model without its layers (recipe: measure.{name})")
     return stats.sums[name]
 
 
@@ -198,6 +203,7 @@ TABLE: Mapping[str, Mapping[str, Score]] = {
         "leave_one_out": leave_one_out,
         "iterative": iterative,
         "contiguous": contiguous,
+        "contiguous_by_task": contiguous_by_task,
         "logit_mse": logit_mse,
         "random": random,
     },

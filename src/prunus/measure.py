@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -67,6 +67,9 @@ class Statistics:
     num_blocks: int
     num_tokens: int
     provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def with_sum(self, name: str, found: Tensor) -> Statistics:
+        return replace(self, sums={**self.sums, name: found})
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from prunus import (
     parallel,
     results,
     side_by_side,
+    tasks,
     text,
 )
 from prunus.budget import LIMITS, parse_budget
@@ -203,6 +204,7 @@ def _measure(run: Run) -> None:
     """One pass over the calibration text."""
     options = run.recipe.measure
     source, gradients = opened(run.parent), options.gradients
+    task = options.contiguous_by_task and tasks.from_recipe(options.contiguous_by_task)
     with console.bar("layers", unit="layers") as step:
         statistics = measure(
             run.parent, run.calibration, source=source, grams=options.grams, gradients=gradients, progress=step
@@ -213,6 +215,11 @@ def _measure(run: Run) -> None:
                 statistics = depth.with_depth(
                     kind, run.parent, statistics, run.validation, source=source, progress=step
                 )
+    if task:
+        wrong = partial(tasks.error_rate, tokenizer=run.parent.tokenizer(), task=task, limit=options.task_rows)
+        with console.bar("contiguous by task", unit="layers") as step:
+            found = depth.contiguous_by_task(source, wrong, progress=step)
+        statistics = statistics.with_sum("contiguous_by_task", found)
     save_statistics(statistics, run.path("measure"))
 
 

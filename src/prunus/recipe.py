@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from prunus import importance
+from prunus import depth, importance
 from prunus.budget import CONTEXT, LIMITS, TIMES, check_amount, parse_quantity
 from prunus.errors import BadRecipe
 from prunus.losses import DIVERGENCES, HIDDEN_LOSSES
@@ -89,6 +89,16 @@ class Data(Section):
         return " + ".join(part.source for part in self.sources)
 
 
+class LocalTask(Section):
+    """A multiple-choice task over a local JSONL file. See `prunus.tasks.LocalTask`."""
+
+    name: str
+    file: str
+    query: str = ""
+    choices: str | list[str]
+    gold: str | int
+
+
 class Measure(Section):
     """The pass over calibration text."""
 
@@ -102,6 +112,10 @@ class Measure(Section):
         False, description="also layer after layer leaving, each time the least missed one (layers=iterative)"
     )
     contiguous: bool = Field(False, description="also a run of neighbours leaving, as it grows (layers=contiguous)")
+    contiguous_by_task: str | LocalTask | None = Field(
+        None, description="the same by a task of lm-eval, or a local one (layers=contiguous_by_task)"
+    )
+    task_rows: Count = Field(200, description="rows of that task")
     logit_mse: bool = Field(False, description="also the change of the logits without each layer (layers=logit_mse)")
 
 
@@ -214,16 +228,6 @@ class Distill(Section):
         return {name: value for name, value in self.model_dump().items() if name in names}
 
 
-class LocalTask(Section):
-    """A multiple-choice task over a local JSONL file. See `prunus.tasks.LocalTask`."""
-
-    name: str
-    file: str
-    query: str = ""
-    choices: str | list[str]
-    gold: str | int
-
-
 class Evaluate(Section):
     """What is measured at the end."""
 
@@ -285,9 +289,9 @@ class Recipe(Section):
             mistake = (
                 f"score.{', score.'.join(fitted)}: reconstruction needs measure.grams: true, or choose other scores"
             )
-        for score in ("leave_one_out", "iterative", "contiguous", "logit_mse"):
+        for score, wanted in {**dict.fromkeys(depth.KINDS, "true"), "contiguous_by_task": "a task"}.items():
             if mistake is None and self.score.layers == score and not getattr(self.measure, score):
-                mistake = f"score.layers: {score} needs measure.{score}: true, or choose another score"
+                mistake = f"score.layers: {score} needs measure.{score}: {wanted}, or choose another score"
         if mistake is None and self.distill.on_policy_share and self.distill.teacher_cache:
             mistake = (
                 "distill.on_policy_share: a cache knows nothing of text that is yet to be written; drop teacher_cache"

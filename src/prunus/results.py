@@ -28,7 +28,7 @@ from prunus.run import BASELINE, Run, read_json
 from prunus.scores import Scores
 from prunus.search import Candidate, Search
 from prunus.selection import ranked_layers
-from prunus.tasks import local_task_from_dict, run_tasks
+from prunus.tasks import from_recipe, run_tasks
 from prunus.text import Blocks
 
 LABELS = {
@@ -130,7 +130,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     ends = {key: model for key, model in compared.items() if key != "repaired" or student == "repaired"}
     speeds = speed({key: models[key] for key in ("teacher", student)}) if options.speed else {}
     tokenizer = run.teacher.tokenizer()
-    tasks = [task if isinstance(task, str) else local_task_from_dict(task.model_dump()) for task in options.tasks]
+    tasks = [from_recipe(task) for task in options.tasks]
     scored = (
         {key: run_tasks(model, tokenizer, tasks, limit=options.limit) for key, model in ends.items()} if tasks else {}
     )

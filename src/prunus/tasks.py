@@ -87,6 +87,11 @@ def local_task_from_dict(values: Mapping[str, Any], *, folder: Path = Path()) ->
     return task
 
 
+def from_recipe(entry: Any) -> str | LocalTask:
+    """A task as a recipe names it, or describes it. Raises as `local_task_from_dict`."""
+    return entry if isinstance(entry, str) else local_task_from_dict(entry.model_dump())
+
+
 def check(task: LocalTask) -> None:
     """Try the task on the first row of its file.
 
@@ -171,6 +176,17 @@ def run_tasks(
             check(task)
     with _quiet(), _seeded(), evaluation_mode([model]), tempfile.TemporaryDirectory() as cache:
         return _run(model, tokenizer, tasks, limit, batch_size, cache)
+
+
+def error_rate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str | LocalTask, *, limit: int | None = None
+) -> float:
+    """Share of a task's answers that are wrong, 1 − acc. Raises as `run_tasks`, and BadRecipe of a task without acc."""
+    name = task.name if isinstance(task, LocalTask) else task
+    found = run_tasks(model, tokenizer, [task], limit=limit)[name]
+    if "acc" not in found:
+        raise BadRecipe(f"task {name} has no accuracy, only {', '.join(found)}; choose a task of multiple choice")
+    return 1 - found["acc"]
 
 
 def _run(
