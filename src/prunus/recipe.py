@@ -17,6 +17,7 @@ from prunus import depth, importance
 from prunus.budget import CONTEXT, LIMITS, TIMES, check_amount, parse_quantity
 from prunus.errors import BadRecipe
 from prunus.losses import DIVERGENCES, HIDDEN_LOSSES
+from prunus.repair import DAMPING
 from prunus.schedule import SCHEDULES, Settings
 from prunus.teacher import KINDS
 
@@ -180,7 +181,7 @@ class Prune(Section):
     repair: bool = Field(True, description="least-squares repair on the calibration text")
     norm_correction: bool = True
     head_residuals: bool = False
-    damping: float = Field(0.03, gt=0, description="ridge of the repair, as a share of the mean diagonal")
+    damping: float = Field(DAMPING, gt=0, description="ridge of the repair, as a share of the mean diagonal")
 
 
 class Distill(Section):
