@@ -7,11 +7,12 @@ import torch
 from conftest import RandomBlocks, tiny_model
 
 from prunus.checkpoint import load
-from prunus.depth import KINDS, with_depth
+from prunus.depth import KINDS, contiguous_by_task, with_depth
 from prunus.errors import BadRecipe
 from prunus.importance import AGGREGATIONS, TABLE, aggregate, score
 from prunus.measure import Statistics, measure
 from prunus.scores import load_scores, save_scores
+from prunus.source import in_memory
 
 
 def test_aggregations_by_hand():
@@ -48,6 +49,8 @@ def statistics_of(teacher, blocks):
         found = measure(teacher, blocks, grams=True)
         for kind in KINDS:
             found = with_depth(kind, teacher, found, blocks)
+        by_task = contiguous_by_task(in_memory(teacher.module()), lambda model: 0.5)
+        found = found.with_sum("contiguous_by_task", by_task)
         _STATISTICS[teacher.folder] = found
     return _STATISTICS[teacher.folder]
 
