@@ -36,7 +36,7 @@ def main() -> None:
     made = pr.compress(recipes.parse(recipes.override({}, changes), source="latency"))
     checkpoints = {"teacher": pr.load(options.model), "student": made.pruned}
     models = {
-        name: hardware.place(checkpoint.module(checkpoints["teacher"].dtype), device=hardware.device()).eval()
+        name: hardware.place(checkpoint.module(checkpoints["teacher"].dtype), device=hardware.device())
         for name, checkpoint in checkpoints.items()
     }
     print(f"asked for {options.share} of the teacher's time per token; found {made.pruned.architecture}", flush=True)

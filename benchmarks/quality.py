@@ -5,8 +5,8 @@ Usage: python benchmarks/quality.py MODEL --train TEXT --calibration TEXT --held
        [--tasks FOLDER] [--limit N] --to FOLDER
 
 Each row is measured without any training, and after distillation on the same tokens with Prunus's own loop and
-settings, or at the best of several learning rates: what differs is the student alone. A row is written when it is done,
-and not made again; the table is made of those that are there. Calibration, training and held-out text must be different
+settings, of several learning rates the best: what differs is the student alone. A row is written when it is done, and
+not made again; the table is made of those that are there. Calibration, training and held-out text must be different
 files. With --tasks FOLDER, which holds arc_easy_test.jsonl, hellaswag_val.jsonl and blimp_50each.jsonl, the share of
 the teacher's accuracy above chance that is kept, with an interval of 95 % over the rows of the task.
 """

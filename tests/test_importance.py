@@ -50,7 +50,7 @@ def statistics_of(teacher, blocks):
         for kind in KINDS:
             found = with_depth(kind, teacher, found, blocks)
         by_task = contiguous_by_task(in_memory(teacher.module()), lambda model: 0.5)
-        found = found.with_sum("contiguous_by_task", by_task)
+        found = found.with_sums({"contiguous_by_task": by_task})
         _STATISTICS[teacher.folder] = found
     return _STATISTICS[teacher.folder]
 

@@ -274,7 +274,7 @@ def with_depth(
 ) -> Statistics:
     """The statistics with what one of the scores of layers in `KINDS` needs."""
     found = KINDS[kind](teacher, blocks, source=source, progress=progress)
-    return statistics.with_sum(kind, found)
+    return statistics.with_sums({kind: found})
 
 
 def _loss(logits_NV: Tensor, whole_NV: Callable[[], Tensor], labels_N: Tensor) -> Tensor:

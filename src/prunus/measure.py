@@ -68,8 +68,9 @@ class Statistics:
     num_tokens: int
     provenance: Mapping[str, str] = field(default_factory=dict)
 
-    def with_sum(self, name: str, found: Tensor) -> Statistics:
-        return replace(self, sums={**self.sums, name: found})
+    def with_sums(self, found: Mapping[str, Tensor]) -> Statistics:
+        """These, and more of the `sums`."""
+        return replace(self, sums={**self.sums, **found})
 
 
 @torch.no_grad()

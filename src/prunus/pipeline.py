@@ -10,6 +10,8 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+from torch import Tensor
+
 from prunus import (
     architecture,
     console,
@@ -52,6 +54,7 @@ from prunus.scores import save_scores
 from prunus.search import Candidate, Search, Standing, legal_architectures, search
 from prunus.selection import check_legal, ranked_layers
 from prunus.sizes import members
+from prunus.source import Source as ModelSource
 from prunus.source import opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.tournament import tournament
@@ -204,7 +207,7 @@ def _measure(run: Run) -> None:
     """One pass over the calibration text."""
     options = run.recipe.measure
     source, gradients = opened(run.parent), options.gradients
-    task = options.contiguous_by_task and tasks.from_recipe(options.contiguous_by_task)
+    by_task = _by_task(run, source)  # first: a task that cannot be had should say so at once
     with console.bar("layers", unit="layers") as step:
         statistics = measure(
             run.parent, run.calibration, source=source, grams=options.grams, gradients=gradients, progress=step
@@ -215,12 +218,18 @@ def _measure(run: Run) -> None:
                 statistics = depth.with_depth(
                     kind, run.parent, statistics, run.validation, source=source, progress=step
                 )
-    if task:
-        wrong = partial(tasks.error_rate, tokenizer=run.parent.tokenizer(), task=task, limit=options.task_rows)
-        with console.bar("contiguous by task", unit="layers") as step:
-            found = depth.contiguous_by_task(source, wrong, progress=step)
-        statistics = statistics.with_sum("contiguous_by_task", found)
-    save_statistics(statistics, run.path("measure"))
+    save_statistics(statistics.with_sums(by_task), run.path("measure"))
+
+
+def _by_task(run: Run, model: ModelSource) -> dict[str, Tensor]:
+    """What the score contiguous_by_task needs, if the recipe asks for it."""
+    options = run.recipe.measure
+    if options.contiguous_by_task is None:
+        return {}
+    task = tasks.from_recipe(options.contiguous_by_task)
+    wrong = partial(tasks.error_rate, tokenizer=run.parent.tokenizer(), task=task, limit=options.task_rows)
+    with console.bar("contiguous by task", unit="layers") as step:
+        return {"contiguous_by_task": depth.contiguous_by_task(model, wrong, progress=step)}
 
 
 def _score(run: Run) -> None:

@@ -290,7 +290,7 @@ class Recipe(Section):
             mistake = (
                 f"score.{', score.'.join(fitted)}: reconstruction needs measure.grams: true, or choose other scores"
             )
-        for score, wanted in {**dict.fromkeys(depth.KINDS, "true"), "contiguous_by_task": "a task"}.items():
+        for score, wanted in {**dict.fromkeys(depth.KINDS, "true"), "contiguous_by_task": "the name of a task"}.items():
             if mistake is None and self.score.layers == score and not getattr(self.measure, score):
                 mistake = f"score.layers: {score} needs measure.{score}: {wanted}, or choose another score"
         if mistake is None and self.distill.on_policy_share and self.distill.teacher_cache:
