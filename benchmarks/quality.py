@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published import METHODS, PACKAGES, Bench
+from published import METHODS, PACKAGES, Bench, Inapplicable
 from published.bench import count
 from texts import BLOCK_SIZE, tokenised
 from transformers import PreTrainedModel
@@ -227,8 +227,11 @@ def main() -> None:
             missing = method in PACKAGES and importlib.util.find_spec(PACKAGES[method]) is None
             if missing or file.exists():
                 continue
-            write(file, row(laboratory, method, bench, scored, options.limit))
-            print(f"{method}: done", flush=True)
+            try:
+                write(file, row(laboratory, method, bench, scored, options.limit))
+                print(f"{method}: done", flush=True)
+            except Inapplicable as why:
+                print(f"{method}: left out, {why}", flush=True)
         print(table(laboratory, share, scored, json.loads(teacher.read_text())), flush=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from transformers import PreTrainedModel
 
 from . import depth, packages, ranked, slicegpt, uneven
-from .bench import Bench
+from .bench import Bench, Inapplicable
 
 METHODS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {
     "random": ranked.random,
@@ -27,4 +27,4 @@ METHODS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {
 PACKAGES = {"Torch-Pruning": "torch_pruning", "ModelOpt's score": "modelopt"}
 """Method → module without which it cannot run."""
 
-__all__ = ["METHODS", "PACKAGES", "Bench"]
+__all__ = ["METHODS", "PACKAGES", "Bench", "Inapplicable"]

@@ -19,6 +19,10 @@ BATCH_BLOCKS = 4
 READS, WRITE = ("gate_proj", "up_proj"), "down_proj"
 
 
+class Inapplicable(Exception):
+    """The method says nothing of such a model."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """One size of the laboratory.

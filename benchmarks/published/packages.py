@@ -41,22 +41,21 @@ def _narrowed(bench: Bench, percent: int) -> PreTrainedModel:
         attention = layer.self_attn
         heads[attention.q_proj] = model.config.num_attention_heads
         heads |= dict.fromkeys((attention.k_proj, attention.v_proj), model.config.num_key_value_heads)
-    pruner = tp.pruner.BasePruner(
-        model,
-        example_inputs=torch.arange(8)[None],
-        importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
-        global_pruning=False,
-        output_transform=lambda output: output.logits,
-        pruning_ratio=share,
-        ignored_layers=[model.lm_head],
-        num_heads=heads,
-        prune_num_heads=True,
-        prune_head_dims=False,
-        head_pruning_ratio=share,
-        round_to=4,
-    )
     with warnings.catch_warnings(action="ignore"):
-        pruner.step()
+        tp.pruner.BasePruner(
+            model,
+            example_inputs=torch.arange(8)[None],
+            importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+            global_pruning=False,
+            output_transform=lambda output: output.logits,
+            pruning_ratio=share,
+            ignored_layers=[model.lm_head],
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=share,
+            round_to=4,
+        ).step()
     return model
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prunus import anatomy, layerwise
 
-from .bench import Bench, count
+from .bench import Bench, Inapplicable, count
 
 READS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -92,6 +92,8 @@ def _sliced(bench: Bench, *, counted: bool) -> PreTrainedModel:
 
 def _fuse(model: PreTrainedModel) -> None:
     """Norm weights into what reads behind them; the head becomes a weight of its own."""
+    if {name for name, _ in anatomy.layers_of(model)[0].named_children()} != {"self_attn", "mlp", *READS}:
+        raise Inapplicable("its rotation cannot pass a norm that stands behind a projection")
     body, head = anatomy.body_of(model), model.get_output_embeddings()
     eps = model.config.rms_norm_eps
     head.weight = nn.Parameter(head.weight * body.norm.weight)
