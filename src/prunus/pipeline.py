@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 
 from torch import Tensor
@@ -29,12 +28,12 @@ from prunus import (
 from prunus.budget import LIMITS, parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.distill import Progress, distill
-from prunus.documents import HUB_ID, Render, chat_template, documents, is_held_out, mixed, shuffled
+from prunus.documents import HUB_ID, chat_template, shuffled
 from prunus.errors import BadRecipe
 from prunus.files import atomic_file, share
 from prunus.measure import measure, save_statistics
 from prunus.prune import prune
-from prunus.recipe import STAGES, Data, Recipe, Source
+from prunus.recipe import STAGES, Recipe
 from prunus.report import model_card, write_family, write_report
 from prunus.run import (
     BASELINE,
@@ -53,15 +52,12 @@ from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Candidate, Search, Standing, legal_architectures, search
 from prunus.selection import check_legal, ranked_layers
+from prunus.sides import sides
 from prunus.sizes import members
-from prunus.source import Source as ModelSource
-from prunus.source import opened
+from prunus.source import Source, opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.tournament import tournament
 from prunus.trackers import Track, tracked
-
-FEW_DOCUMENTS = 100
-"""With fewer, the tail of each is held out; a share of so few documents could be none."""
 
 
 def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = None, beside: Path | None = None) -> Run:
@@ -159,24 +155,14 @@ def _text(run: Run) -> None:
     for part in data.sources:
         if limit is None and not Path(part.source).exists() and HUB_ID.fullmatch(part.source):
             raise BadRecipe(f"data.train: {part.source!r} is on the hub; say how much of it to read (--tokens 10M)")
-    render = chat_template(tokenizer)
-    if data.heldout is None:
-        sides = {
-            name: mixed([(_side(part, data, render, held_out=held_out), part.weight) for part in data.sources])
-            for name, held_out in (("train", False), ("heldout", True))
-        }
-    else:
-        sides = {
-            "train": mixed([(_all(part, render), part.weight) for part in data.sources]),
-            "heldout": documents(data.heldout, text_field=data.text_field, render=render),
-        }
+    found = sides(data, chat_template(tokenizer))
     labels = {"train": data.label, "heldout": data.heldout or data.label}
     for name, most in {"train": limit, "heldout": data.heldout_tokens}.items():
         to = run.root / TEXT / name
         if not to.exists():
             with console.bar(f"{name} text", unit="tokens") as step:
                 text.tokenise(
-                    shuffled(sides[name], seed=0),
+                    shuffled(found[name], seed=0),
                     tokenizer,
                     block_size=data.block_size,
                     max_tokens=most,
@@ -184,23 +170,6 @@ def _text(run: Run) -> None:
                     label=labels[name],
                     progress=partial(step, total=most),
                 )
-
-
-def _all(part: Source, render: Render | None) -> Iterator[str]:
-    return documents(part.source, text_field=part.text_field, render=render)
-
-
-def _side(part: Source, data: Data, render: Render | None, *, held_out: bool) -> Iterator[str]:
-    """The documents of one side of the split of a training source."""
-    docs, share = _all(part, render), data.heldout_share
-    first = list(islice(docs, FEW_DOCUMENTS))
-    if len(first) < FEW_DOCUMENTS:
-        for document in first:
-            wanted = int(len(document) * (1 - share))
-            border = document.rfind("\n", 0, wanted) + 1 or wanted
-            yield document[border:] if held_out else document[:border]
-    else:
-        yield from (document for document in chain(first, docs) if is_held_out(document, share=share) == held_out)
 
 
 def _measure(run: Run) -> None:
@@ -221,7 +190,7 @@ def _measure(run: Run) -> None:
     save_statistics(statistics.with_sums(by_task), run.path("measure"))
 
 
-def _by_task(run: Run, model: ModelSource) -> dict[str, Tensor]:
+def _by_task(run: Run, model: Source) -> dict[str, Tensor]:
     """What the score contiguous_by_task needs, if the recipe asks for it."""
     options = run.recipe.measure
     if options.contiguous_by_task is None:
