@@ -20,8 +20,8 @@ from prunus.families._tiny import random_model
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import prune
-from prunus.search import legal_architectures
 from prunus.selection import illegal_cut
+from prunus.space import legal_architectures
 
 INFERRED = (
     *("afmoe", "apertus", "aria_text", "biogpt", "codegen", "deepseek_v32", "diffllama", "flint", "glm4_moe_lite"),

@@ -8,8 +8,9 @@ from prunus.budget import CONTEXT, LIMITS, parse_budget, parse_quantity
 from prunus.errors import BadRecipe, BudgetUnreachable
 from prunus.importance import score
 from prunus.measure import measure
-from prunus.search import legal_architectures, lost_share, search
+from prunus.search import lost_share, search
 from prunus.selection import illegal_cut
+from prunus.space import legal_architectures
 
 RATES = {"step": 500.0, "layers": 100.0, "head": 0.02, "cached": 1.0, "looking": 20.0, "attention": 0.1, "ffn": 0.05}
 """Microseconds of each part."""

@@ -21,7 +21,7 @@ LAYERS = """
     weight_norms measure depth importance selection repair refit prune pieces vocabulary
     row_blocks fused evaluate tasks
     schedule masters teacher hidden memory on_policy step watch distill trackers
-    budget search latency side_by_side tournament formats pictures verdict report
+    budget space search latency side_by_side tournament formats pictures verdict report
     console recipe sides run sizes results inspection planning standalone pipeline cli __main__
 """
 ORDER = re.split(r"\s+", LAYERS.strip())

@@ -18,8 +18,8 @@ from prunus.checkpoint import Checkpoint
 from prunus.evaluate import speed
 from prunus.prune import build, cut
 from prunus.scores import Scores
-from prunus.search import legal_architectures, single_axis
 from prunus.selection import illegal_cut, ranked_layers
+from prunus.space import legal_architectures, single_axis
 
 REPEATS, PAIRED_REPEATS = 5, 11
 """Turns of many models, and of two whose difference is to be known to a few per cent."""

@@ -50,11 +50,12 @@ from prunus.run import (
 )
 from prunus.schedule import Settings
 from prunus.scores import save_scores
-from prunus.search import Candidate, Search, Standing, legal_architectures, search
+from prunus.search import Candidate, Search, Standing, search
 from prunus.selection import check_legal, ranked_layers
 from prunus.sides import sides
 from prunus.sizes import members
 from prunus.source import Source, opened
+from prunus.space import legal_architectures
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.tournament import tournament
 from prunus.trackers import Track, tracked

@@ -18,8 +18,8 @@ from prunus.recipe import Recipe
 from prunus.run import OUTPUTS
 from prunus.schedule import Settings
 from prunus.schedule import plan as plan_training
-from prunus.search import legal_architectures
 from prunus.selection import check_legal
+from prunus.space import legal_architectures
 
 EFFICIENCY = 0.45
 """Share of the GEMM rate that whole steps reach (norms, attention and softmax are not GEMMs); measured, see LOG.md."""

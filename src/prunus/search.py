@@ -7,9 +7,8 @@ guess (Minitron, arXiv:2407.14679, sec. 4: rankings move until some 300 steps in
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,22 +18,13 @@ from prunus import hardware
 from prunus.architecture import Architecture
 from prunus.budget import Budget
 from prunus.checkpoint import Checkpoint
-from prunus.errors import BudgetUnreachable
 from prunus.evaluate import Quality, quality
 from prunus.families import Family
 from prunus.prune import build, cut, repaired
 from prunus.scores import Scores
 from prunus.selection import illegal_cut
+from prunus.space import TOLERANCE, legal_architectures, single_axis
 from prunus.text import Blocks
-
-TOLERANCE = 0.01
-FILLERS = ("ffn", "expert_ffn", "shared_ffn", "mamba_head_dim")
-MOST_COMBINATIONS = 50_000
-"""Sizes of an axis are thinned out until no more combinations of them are left to be tried."""
-SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
-"""Of an axis whose sizes are not all tried."""
-ALIGNMENTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-"""Sizes are kept multiples of the largest of these that still lets the budget be met: fast on tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -151,116 +141,6 @@ def _lowest(values_RC: Tensor, keep: int) -> Tensor:
     return (gone / ascending.sum(1).clamp_min(1e-30)).mean().nan_to_num()
 
 
-def legal_architectures(
-    family: Family, teacher: Architecture, budget: Budget, *, tolerance: float = TOLERANCE
-) -> list[Architecture]:
-    """Every legal architecture within the tolerance of the budget; else the nearest one alone.
-
-    All depths, hidden sizes, head and expert counts are tried, in steps where these are too many; the neurons of the
-    FFN, or of experts, are the finest axis and take up what is left of the budget.
-
-    Raises:
-        BudgetUnreachable: even the smallest legal model is larger.
-    """
-    filler = _filler(teacher, budget)
-    outer = list(_without(filler, family, teacher))
-    smallest = min(outer, key=budget.use, default=teacher)
-    if budget.use(smallest) > 1 + tolerance:
-        raise BudgetUnreachable(_too_little(budget, smallest, tolerance))
-    nearest, best_gap, found = smallest, math.inf, []
-    for base in outer:
-        for candidate in _filled(family, filler, teacher, base, budget, tolerance):
-            gap = abs(budget.use(candidate) - 1)
-            if gap < best_gap:
-                nearest, best_gap = candidate, gap
-            if gap <= tolerance:
-                found.append(candidate)
-    return found or [nearest]
-
-
-def _too_little(budget: Budget, smallest: Architecture, tolerance: float) -> str:
-    """Which limits not even the smallest model keeps."""
-    missed = [
-        f"{limit} is {limit.target:,}, but the smallest legal model of this family costs {least:,}"
-        for limit, least in ((limit, budget.cost(limit, smallest)) for limit in budget.limits)
-        if least > limit.target * (1 + tolerance)
-    ]
-    left = "one layer of the smallest legal width, and the vocabulary (prunus vocabulary cuts that)"
-    return f"{'; '.join(missed)}: {left}. Raise the budget."
-
-
-def _filler(teacher: Architecture, budget: Budget) -> str:
-    """The kind of neurons that holds the most parameters; of Mamba, which has none, its inner channels."""
-    kinds = [axis for axis in FILLERS if axis in teacher.axes()] or ["mamba_heads"]
-    return min(kinds, key=lambda axis: budget.parameters(teacher.replace(**{axis: 1})))
-
-
-def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Architecture]:
-    """Legal architectures with the fewest neurons of the kind that fills them up."""
-    least = _least(filler, family, teacher)
-    options = {axis: _options(teacher, axis) for axis in teacher.axes() if axis not in (filler, "heads", "top_k")}
-    options |= {axis: [teacher[axis]] for axis in family.uncut if axis in options}
-    if "heads" in teacher:
-        options["per_group"] = list(range(teacher.heads // teacher.kv_heads, 0, -1))
-    while math.prod(map(len, options.values())) > MOST_COMBINATIONS:
-        longest = max(options, key=lambda axis: len(options[axis]))
-        options[longest] = options[longest][::2]
-    for sizes in itertools.product(*options.values()):
-        named = dict(zip(options, sizes, strict=True))
-        if "heads" in teacher:
-            named["heads"] = named["kv_heads"] * named.pop("per_group")
-        base = teacher.replace(**named, **{filler: least})
-        if not illegal_cut(family, teacher, base):
-            yield base
-
-
-def _least(axis: str, family: Family, teacher: Architecture) -> int:
-    """The smallest legal size of an axis, of which the others are multiples."""
-    return next((s for s in reversed(ALIGNMENTS) if not family.illegal(teacher.replace(**{axis: s}))), 1)
-
-
-def _options(teacher: Architecture, axis: str) -> list[int]:
-    """Sizes of an axis that are tried, the teacher's first."""
-    size = teacher[axis]
-    if axis in ("layers", "kv_heads"):
-        return list(range(size, 0, -1))
-    if axis == "hidden":
-        step = _alignment(size, 0.02)
-        return [size, *(n for n in range(size // step * step, 0, -step) if n < size)]
-    step = _alignment(size, 0.1)
-    return sorted({max(1, round(share * size / step) * step) for share in SHARES[1:]} | {size}, reverse=True)
-
-
-def _filled(
-    family: Family, filler: str, teacher: Architecture, base: Architecture, budget: Budget, tolerance: float
-) -> list[Architecture]:
-    """`base` with the one or two aligned numbers of neurons that bring it nearest to the budget from both sides."""
-    fixed = budget.shares(base.replace(**{filler: 0}))
-    each = [(whole - rest) / base[filler] for whole, rest in zip(budget.shares(base), fixed, strict=True)]
-    if max((rest for rest, per_neuron in zip(fixed, each, strict=True) if not per_neuron), default=0) > 1 + tolerance:
-        return []  # a limit that neurons do not help
-    room, per_neuron = min(
-        (((1 - rest) / per_neuron, per_neuron) for rest, per_neuron in zip(fixed, each, strict=True) if per_neuron),
-        default=(math.inf, 0.0),
-    )
-    if not per_neuron:  # no limit counts them, or none of the layers that stay has any
-        return [base.replace(**{filler: teacher[filler]})]
-    if room < 1:
-        return []
-    least = _least(filler, family, teacher)
-    step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance and s >= least), least)
-    sizes = {int(room // step) * step, int(room // step + 1) * step}
-    if (room - teacher[filler]) * per_neuron > tolerance or abs(teacher[filler] - room) * per_neuron <= tolerance:
-        sizes.add(teacher[filler])
-    filled = [base.replace(**{filler: size}) for size in sorted(sizes) if 1 <= size <= teacher[filler]]
-    return [candidate for candidate in filled if not family.illegal(candidate)]
-
-
-def _alignment(size: int, share: float) -> int:
-    """Largest alignment that is at most this share of the size."""
-    return next((step for step in ALIGNMENTS if step <= share * size), 1)
-
-
 def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -> dict[str, Architecture]:
     """Per axis the cut of it alone that comes nearest to the budget, but at least half of the axis stays."""
     probes = {}
@@ -269,18 +149,6 @@ def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -
         if options:
             probes[axis] = min(options, key=lambda a: abs(budget.use(a) - 1))
     return probes
-
-
-def single_axis(teacher: Architecture, axis: str) -> list[Architecture]:
-    """The teacher with one axis smaller, down to about half."""
-    if axis == "heads":
-        per_group = teacher.heads // teacher.kv_heads
-        inside = [teacher.replace(heads=teacher.kv_heads * n) for n in range(math.ceil(per_group / 2), per_group)]
-        groups = range(math.ceil(teacher.kv_heads / 2), teacher.kv_heads)
-        return inside + [teacher.replace(heads=per_group * n, kv_heads=n) for n in groups]
-    size = teacher[axis]
-    step = 1 if axis == "layers" else _alignment(size, 0.02)
-    return [teacher.replace(**{axis: n}) for n in range(size - step, (size - 1) // 2, -step)]
 
 
 def search(

@@ -10,7 +10,7 @@ from prunus.budget import parse_budget
 from prunus.checkpoint import load
 from prunus.recipe import STAGES, Recipe
 from prunus.run import OUTPUTS
-from prunus.search import legal_architectures
+from prunus.space import legal_architectures
 
 
 def members(recipe: Recipe) -> list[Recipe]:
