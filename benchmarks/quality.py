@@ -16,7 +16,7 @@ import copy
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import prunus as pr
 from prunus import hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import from_config
-from prunus.evaluate import quality
+from prunus.evaluate import qualities
 from prunus.files import atomic_file
 from prunus.masters import Masters
 from prunus.measure import load_statistics, save_statistics
@@ -44,6 +44,8 @@ from prunus.text import Blocks
 MICRO_BLOCKS = 2
 CALIBRATION_TOKENS, VALIDATION_TOKENS, HELDOUT_TOKENS = 32768, 16384, 24576
 OURS, RANDOM_INIT = "Prunus", "random init, the shape of Prunus"
+Judged = dict[str, dict[str, float]]
+"""Held-out text → perplexity, kl."""
 
 
 def tasks(folder: Path) -> dict[str, tuple[LocalTask, float]]:
@@ -81,10 +83,17 @@ class Laboratory:
         to = self.folder / "cache"
         return write_cache(self.teacher, self.train, describe(self.teacher, self.train, kind="hidden"), to=to)
 
-    def judged(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
-        """Perplexity and divergence of a model in the training dtype on each held-out text."""
-        found = {name: quality(model, blocks, teacher=self.judge) for name, blocks in self.heldout.items()}
-        return {name: {"perplexity": q.perplexity, "kl": q.kl_to_teacher or 0.0} for name, q in found.items()}
+    def judged(self, models: Sequence[PreTrainedModel]) -> list[Judged]:
+        """Of each model, in the training dtype: perplexity and divergence on each held-out text."""
+        named = {str(number): model for number, model in enumerate(models)}
+        found = {name: qualities(named, blocks, teacher=self.judge) for name, blocks in self.heldout.items()}
+        return [
+            {
+                name: {"perplexity": each[key].perplexity, "kl": each[key].kl_to_teacher or 0.0}
+                for name, each in found.items()
+            }
+            for key in named
+        ]
 
     def bench(self, share: float) -> Bench:
         """One size: Prunus's search is part of it."""
@@ -142,11 +151,10 @@ def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, 
     started = time.monotonic()
     model = ROWS[method](bench).float().requires_grad_(True)
     result = {"method": method, "parameters": count(model), "seconds": time.monotonic() - started}
-    result["before"] = laboratory.judged(hardware.place(copy.deepcopy(model), dtype=hardware.compute_dtype()).eval())
-    students = {rate: trained(model, laboratory.cache(), laboratory.train, rate) for rate in laboratory.rates}
-    result["rates"] = {rate: laboratory.judged(student) for rate, student in students.items()}
-    best = min(students, key=lambda rate: _mean_kl(result["rates"][rate]))
-    result |= {"rate": best, "after": result["rates"][best]}
+    students = [trained(model, laboratory.cache(), laboratory.train, rate) for rate in laboratory.rates]
+    before, *after = laboratory.judged([hardware.place(model, dtype=hardware.compute_dtype()).eval(), *students])
+    best = min(range(len(students)), key=lambda number: _mean_kl(after[number]))
+    result |= {"before": before, "after": after[best], "rate": laboratory.rates[best]}
     result["tasks"] = accuracies(students[best], laboratory, scored, limit)
     return result
 
@@ -195,7 +203,7 @@ def table(laboratory: Laboratory, share: str, scored: Mapping[str, Any], teacher
     return "\n".join(lines)
 
 
-def _mean_kl(judged: Mapping[str, Mapping[str, float]]) -> float:
+def _mean_kl(judged: Judged) -> float:
     return sum(each["kl"] for each in judged.values()) / len(judged)
 
 
