@@ -64,10 +64,12 @@ def main() -> None:
     for place, share in enumerate(options.shares.split(",")):
         for seed in range(options.seeds if place == 0 else 1):
             for name, (base, budget) in recipe.items():
-                changes: dict[str, Any] = {"params": f"{share}x", "distill__tokens": budget, "distill__seed": seed}
+                changes: dict[str, Any] = {"distill__tokens": budget, "distill__seed": seed}
                 if seed:
                     first = pr.load(str(options.to / f"{share}-{name}-0" / "3-pruned"))
-                    changes |= {"params": None, "arch": str(first.architecture)}
+                    base, changes = base | {"params": None}, changes | {"arch": str(first.architecture)}
+                else:
+                    changes["params"] = f"{share}x"
                 found = run(options, f"{share}-{name}-{seed}", base, **changes)
                 show("teacher", found["teacher"])
                 show(f"{share}x, seed {seed}: {name}, {budget:,} tokens", found["distilled"])
