@@ -56,5 +56,5 @@ def _errors(inverse_FF: Tensor, weight_OF: Tensor, places_KD: Tensor) -> Tensor:
     """e of each of K parts."""
     weight_KDO = weight_OF.T[places_KD]
     # Not `solve`: on two threads it takes seventeen times as long for thousands of small systems.
-    errors_KDD = torch.linalg.inv(inverse_FF[places_KD[:, :, None], places_KD[:, None]])
-    return (errors_KDD @ weight_KDO * weight_KDO).sum((1, 2))
+    inverted_KDD = torch.linalg.inv(inverse_FF[places_KD[:, :, None], places_KD[:, None]])
+    return (inverted_KDD @ weight_KDO * weight_KDO).sum((1, 2))

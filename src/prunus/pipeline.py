@@ -157,7 +157,7 @@ def _text(run: Run) -> None:
         if limit is None and not Path(part.source).exists() and HUB_ID.fullmatch(part.source):
             raise BadRecipe(f"data.train: {part.source!r} is on the hub; say how much of it to read (--tokens 10M)")
     found = sides(data, chat_template(tokenizer))
-    labels = {"train": data.label, "heldout": data.heldout or data.label}
+    labels = {"train": data.label, "heldout": data.heldout or f"the held-out share of {data.label}"}
     for name, most in {"train": limit, "heldout": data.heldout_tokens}.items():
         to = run.root / TEXT / name
         if not to.exists():

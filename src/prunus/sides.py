@@ -13,7 +13,7 @@ FEW_DOCUMENTS = 100
 
 
 def sides(data: Data, render: Render | None) -> dict[str, Iterator[str]]:
-    """Documents of `train` and `heldout`, which share none."""
+    """Documents of `train` and `heldout`. A source that is split gives them none in common."""
     if data.heldout is None:
         return {
             name: mixed([(_side(part, data, render, held_out=held_out), part.weight) for part in data.sources])
