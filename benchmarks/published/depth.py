@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,17 +39,16 @@ def laco(bench: Bench) -> PreTrainedModel:
     the last hidden states with the teacher's stays above a threshold, the highest that leads to the layers asked for.
     Source: LaCo, arXiv:2402.11187, with its C = 4 layers at once and I = 2 layers between merges.
     """
-    teacher, few = bench.model(), bench.calibration.head(2)
-    wanted = _states(teacher, few)
-    for threshold in (1 - step / 40 for step in range(1, 40)):
-        model = bench.model()
-        _collapse(model, wanted, few, threshold, bench.layers())
-        if len(anatomy.layers_of(model)) <= bench.layers():
-            break
-    return model
+    few, target = bench.calibration.head(2), bench.layers()
+    wanted = _states(bench.model(), few)
+
+    def collapsed(step: int) -> PreTrainedModel:
+        return _collapsed(bench.model(), wanted, few, threshold=1 - step / 40, target=target)
+
+    return collapsed(bisect_left(range(40), True, key=lambda step: len(anatomy.layers_of(collapsed(step))) <= target))
 
 
-def _collapse(model: PreTrainedModel, wanted: Tensor, blocks: Blocks, threshold: float, target: int) -> None:
+def _collapsed(model: PreTrainedModel, wanted: Tensor, few: Blocks, threshold: float, target: int) -> PreTrainedModel:
     merged, apart = 4, 2
     place = len(anatomy.layers_of(model)) - merged
     while place >= 0 and (count := len(anatomy.layers_of(model))) > target:
@@ -57,13 +58,14 @@ def _collapse(model: PreTrainedModel, wanted: Tensor, blocks: Blocks, threshold:
         if size > 0:
             _merge(before[place], before[place + 1 : place + 1 + size])
             _set_layers(model, before[: place + 1] + before[place + 1 + size :])
-            near = torch.nn.functional.cosine_similarity(_states(model, blocks), wanted, dim=-1).mean()
+            near = torch.nn.functional.cosine_similarity(_states(model, few), wanted, dim=-1).mean()
             if near > threshold:
                 place = min(place - apart, len(anatomy.layers_of(model)) - merged)
                 continue
             before[place].load_state_dict(own)
             _set_layers(model, before)
         place -= 1
+    return model
 
 
 @torch.no_grad()
