@@ -1,17 +1,18 @@
 """Minitron's recipe on T tokens beside Prunus's defaults on T/2, and beside random weights on many times as many.
 
 Usage: python benchmarks/half_the_tokens.py MODEL --train TEXT --heldout FILE [--tokens 250k] [--shares 0.75,0.6,0.5]
-       [--seeds 1] [--from-scratch 40] --to FOLDER
+       [--beside FILE] [--seeds 1] [--from-scratch 40] --to FOLDER
 
 Both recipes search, cut and train by themselves (`recipes/minitron.yaml`, and no recipe at all), on the same text, with
 as much of it for calibration, and are measured on the same held-out text. Further seeds of the first share take the
 shape that the first seed found; they draw other calibration text and another order. --from-scratch N trains the shape
-that Prunus found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. Runs lie in FOLDER
-and are not made again.
+that Prunus found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. --beside FILE
+measures the students on other text too. Runs lie in FOLDER and are not made again.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from prunus.text import load_blocks
 MINITRON = Path(__file__).parents[1] / "recipes" / "minitron.yaml"
 FROM_SCRATCH_RATE = 1e-3
 """Random weights want a higher one."""
-CALIBRATION_TOKENS, HELDOUT_TOKENS = 32768, 49152
+CALIBRATION_TOKENS, HELDOUT_TOKENS, BESIDE_TOKENS = 32768, 49152, 16384
 
 
 def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes: Any) -> dict[str, dict[str, float]]:
@@ -44,7 +45,16 @@ def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes:
     return {model["key"]: model for model in json.loads((made.root / "5-evaluation.json").read_text())["models"]}
 
 
-def show(label: str, model: dict[str, float]) -> None:
+def beside(options: argparse.Namespace, name: str) -> dict[str, float | None]:
+    """What a finished run's student has on the other text."""
+    teacher, student = pr.load(options.model), pr.load(str(options.to / name / "4-distilled"))
+    blocks = tokenised(options.beside, teacher, BESIDE_TOKENS, options.to / "beside")
+    dtype = hardware.compute_dtype()
+    found = pr.quality(student.module(dtype), blocks, teacher=teacher.module(dtype))
+    return {"perplexity": found.perplexity, "kl_to_teacher": found.kl_to_teacher}
+
+
+def show(label: str, model: Mapping[str, Any]) -> None:
     print(f"{label:60} perplexity {model['perplexity']:8.2f}   KL {model['kl_to_teacher']:.4f}", flush=True)
 
 
@@ -53,6 +63,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--train", required=True)
     parser.add_argument("--heldout", required=True)
+    parser.add_argument("--beside")
     parser.add_argument("--tokens", type=parse_quantity, default=250_000)
     parser.add_argument("--shares", default="0.75,0.6,0.5")
     parser.add_argument("--seeds", type=int, default=1, help="for the first share")
@@ -73,6 +84,8 @@ def main() -> None:
                 found = run(options, f"{share}-{name}-{seed}", base, **changes)
                 show("teacher", found["teacher"])
                 show(f"{share}x, seed {seed}: {name}, {budget:,} tokens", found["distilled"])
+                if options.beside:
+                    show(f"… on {options.beside}", beside(options, f"{share}-{name}-{seed}"))
     if options.from_scratch:
         share, few = options.shares.split(",")[0], tokens // 10
         ours = run(options, f"{share}-few", {}, params=f"{share}x", distill__tokens=few)
