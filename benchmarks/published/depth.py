@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import prunus as pr
-from prunus import anatomy, evaluate
+from prunus import anatomy, evaluate, hardware
 from prunus.text import Blocks
 
 from .bench import Bench, batches
@@ -26,10 +26,10 @@ def contiguous(bench: Bench) -> PreTrainedModel:
 
     Source: the depth-pruned model of Minitron in practice, arXiv:2408.11796, sec. 2; the last layer always stays.
     """
-    layers, model = bench.teacher.architecture.layers, bench.model()
+    layers, judge = bench.teacher.architecture.layers, bench.teacher.module(hardware.compute_dtype(), hardware.device())
     gone = layers - bench.layers()
-    best = min(range(1, layers - gone), key=lambda start: _loss_without(model, bench.validation, start, start + gone))
-    return without(bench, model, range(best, best + gone))
+    best = min(range(1, layers - gone), key=lambda start: _loss_without(judge, bench.validation, start, start + gone))
+    return without(bench.model(), range(best, best + gone))
 
 
 def laco(bench: Bench) -> PreTrainedModel:
@@ -76,7 +76,7 @@ def _merge(layer: torch.nn.Module, others: list[torch.nn.Module]) -> None:
         value += sum((part[name] - own for part in parts), start=torch.zeros_like(own))
 
 
-def without(bench: Bench, model: PreTrainedModel, gone: range) -> PreTrainedModel:
+def without(model: PreTrainedModel, gone: range) -> PreTrainedModel:
     """The model itself, these layers removed."""
     layers = list(anatomy.layers_of(model))
     _set_layers(model, [layer for number, layer in enumerate(layers) if number not in gone])
