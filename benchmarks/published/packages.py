@@ -41,6 +41,8 @@ def _narrowed(bench: Bench, percent: int) -> PreTrainedModel:
         attention = layer.self_attn
         heads[attention.q_proj] = model.config.num_attention_heads
         heads |= dict.fromkeys((attention.k_proj, attention.v_proj), model.config.num_key_value_heads)
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # it cannot see which query heads share a group inside a fused one
     with warnings.catch_warnings(action="ignore"):
         tp.pruner.BasePruner(
             model,
@@ -56,6 +58,7 @@ def _narrowed(bench: Bench, percent: int) -> PreTrainedModel:
             head_pruning_ratio=share,
             round_to=4,
         ).step()
+    model.set_attn_implementation(implementation)
     return model
 
 
