@@ -42,7 +42,9 @@ from prunus.teacher import Cache, describe, write_cache
 from prunus.text import Blocks
 
 MICRO_BLOCKS = 2
-CALIBRATION_TOKENS, VALIDATION_TOKENS, HELDOUT_TOKENS = 32768, 16384, 24576
+SCORING_TOKENS, CALIBRATION_TOKENS = 32768, 131072
+"""What Prunus measures and what it repairs on, by default; every method that fits something may use all of it."""
+VALIDATION_TOKENS, HELDOUT_TOKENS = 16384, 24576
 OURS, RANDOM_INIT = "Prunus", "random init, the shape of Prunus"
 Judged = dict[str, dict[str, float]]
 """Held-out text → perplexity, kl."""
@@ -68,9 +70,9 @@ class Laboratory:
         self.teacher = pr.load(options.model)
         self.train = self._text("train", options.train, int(options.tokens))
         calibration = self._text("calibration", options.calibration, CALIBRATION_TOKENS + VALIDATION_TOKENS)
-        border = CALIBRATION_TOKENS // BLOCK_SIZE
-        self.calibration = calibration.head(border)
-        self.validation = calibration.select(range(border, len(calibration)))
+        border, end = SCORING_TOKENS // BLOCK_SIZE, (SCORING_TOKENS + VALIDATION_TOKENS) // BLOCK_SIZE
+        self.scoring, self.validation = calibration.head(border), calibration.select(range(border, end))
+        self.calibration = calibration.select([*range(border), *range(end, len(calibration))])
         self.heldout = {Path(file).name: self._text(Path(file).name, file, HELDOUT_TOKENS) for file in options.heldout}
         self.judge = self.teacher.module(hardware.compute_dtype(), hardware.device())
         self.rates = [float(rate) for rate in options.rates.split(",")] if options.rates else [None]
@@ -113,7 +115,7 @@ class Laboratory:
     def _statistics(self) -> pr.Statistics:
         file = self.folder / "statistics.safetensors"
         if not file.exists():
-            save_statistics(pr.measure(self.teacher, self.calibration), file)
+            save_statistics(pr.measure(self.teacher, self.scoring), file)
         return load_statistics(file)
 
 

@@ -308,6 +308,7 @@ SMALL = {
     "data": {"block_size": 32, "heldout_tokens": 1024},
     "measure": {"tokens": 512},
     "search": {"candidates": 2, "probe_tokens": 256},
+    "prune": {"tokens": 1024},
     "distill": {"tokens": 1024, "batch_tokens": 128},
 }
 """Recipe values of a run that takes seconds on a tiny model."""

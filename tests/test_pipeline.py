@@ -113,7 +113,7 @@ def test_a_second_call_changes_nothing(run):
 
 
 def test_another_recipe_is_refused_unless_redone(run, whole_model, corpus):
-    changed = make_recipe(whole_model, corpus, run.root, baseline=True, prune={"damping": 0.02})
+    changed = make_recipe(whole_model, corpus, run.root, baseline=True, prune=SMALL["prune"] | {"damping": 0.02})
     with pytest.raises(BadOutput, match=r"changed: prune.*--redo"):
         compress(changed)
     before = (run.root / "2-candidates.json").stat().st_mtime_ns
@@ -135,12 +135,13 @@ def test_stages_run_alone_from_the_command_line(whole_model, corpus, tmp_path, i
 
 
 def test_training_begins_with_text_that_the_repair_has_not_seen(run):
-    calibration = {tuple(row) for row in run.calibration.tokens.tolist()}
+    seen = {tuple(row) for row in run.repair_text.tokens.tolist()}
+    assert {tuple(row) for row in run.calibration.tokens.tolist()} < seen
     settings = run.recipe.distill
     steps = settings.tokens // settings.batch_tokens
     blocks = [index for step in range(steps) for index in batch_indices(step, 4, len(run.train), settings.seed)]
     assert len(blocks) == settings.tokens // run.recipe.data.block_size
-    assert not any(tuple(row) in calibration for row in run.train.tokens[blocks].tolist())
+    assert not any(tuple(row) in seen for row in run.train.tokens[blocks].tolist())
 
 
 def test_a_mixture_of_sources(whole_model, corpus, tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Bench:
     """One size of the laboratory.
 
     Attributes:
-        calibration: text that scores and repairs are made from; not trained or judged on.
+        calibration: text that scores and fits are made from; not trained or judged on.
         validation: text that a method may choose by.
         parameters: what a student may have, a tied head counted once.
         shape: what Prunus found for that size; the methods that only say which parts leave are given it.
@@ -86,21 +87,30 @@ def seen(model: PreTrainedModel, module: str, see: Callable[[int, Tensor], None]
 
 
 @torch.no_grad()
-def moments(model: PreTrainedModel, blocks: Blocks, module: str) -> tuple[Tensor, Tensor]:
-    """Mean and mean square of each channel that a module of each layer is given, [L, C] both."""
-    first: dict[int, Tensor] = {}
-    second: dict[int, Tensor] = {}
+def moments(bench: Bench, modules: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and mean square over the calibration text of each channel that these modules of each layer are given.
 
-    def see(layer: int, x_BSC: Tensor) -> None:
-        x_NC = x_BSC.flatten(0, -2).double()
-        first[layer] = first.get(layer, 0) + x_NC.sum(0)
-        second[layer] = second.get(layer, 0) + x_NC.square().sum(0)
+    Returns:
+        module → ([L, C], [L, C]).
+    """
+    model = bench.teacher.module(hardware.compute_dtype(), hardware.device())
+    sums = {module: [[0, 0] for _ in anatomy.layers_of(model)] for module in modules}
 
-    with seen(model, module, see):
-        for tokens_BS, positions_BS in batches(blocks):
+    def see(module: str, layer: int, x_BSC: Tensor) -> None:
+        x_NC, both = x_BSC.flatten(0, -2).double(), sums[module][layer]
+        both[0] = both[0] + x_NC.sum(0)
+        both[1] = both[1] + x_NC.square().sum(0)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(seen(model, module, partial(see, module)))
+        for tokens_BS, positions_BS in batches(bench.calibration):
             anatomy.body_of(model)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
-    layers = range(len(first))
-    return tuple(torch.stack([sums[n] for n in layers]).float() / blocks.num_tokens for sums in (first, second))
+    tokens = bench.calibration.num_tokens
+    return {
+        module: tuple(torch.stack(parts).float() / tokens for parts in zip(*each, strict=True))
+        for module, each in sums.items()
+    }
 
 
 def weights(model: PreTrainedModel, module: str) -> Tensor:

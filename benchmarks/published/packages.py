@@ -17,7 +17,10 @@ from transformers import PreTrainedModel
 import prunus as pr
 from prunus import anatomy
 
-from .bench import Bench, batches, count
+from .bench import BATCH_BLOCKS, Bench, batches, count
+
+SCORING_BLOCKS = 64
+"""Of calibration, for ModelOpt's score: its time grows with every block."""
 
 
 def torch_pruning(bench: Bench) -> PreTrainedModel:
@@ -68,7 +71,7 @@ def modelopt(bench: Bench) -> PreTrainedModel:
     from modelopt.torch.prune.importance_hooks.base_hooks import IterativeChannelContributionHook
 
     model = bench.model()
-    rounds = -(-len(bench.calibration) // 4)
+    rounds = SCORING_BLOCKS // BATCH_BLOCKS
     hooks = []
     for layer in anatomy.layers_of(model):
         linear = layer.mlp.down_proj

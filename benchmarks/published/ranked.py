@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import prunus as pr
@@ -28,7 +27,10 @@ def wanda_sp(bench: Bench) -> PreTrainedModel:
     Source: the baseline "Wanda-sp" of FLAP, arXiv:2312.11983, after Wanda, arXiv:2306.11695.
     """
     model, sizes = bench.model(), bench.teacher.architecture
-    ffn_LF, attention_LC = (_wanda(bench, model, name) for name in ("mlp.down_proj", "self_attn.o_proj"))
+    ffn_LF, attention_LC = (
+        weights(model, name).abs().mean(1) * square_LI.sqrt()
+        for name, (_, square_LI) in moments(bench, ("mlp.down_proj", "self_attn.o_proj")).items()
+    )
     heads_LA = attention_LC.unflatten(-1, (sizes.heads, -1)).sum(-1)
     groups_LG = heads_LA.unflatten(-1, (sizes.kv_heads, -1)).sum(-1)
     scores = pr.score(bench.statistics, ffn="magnitude", heads="magnitude", kv_heads="magnitude", hidden="magnitude")
@@ -45,9 +47,3 @@ def minitron(bench: Bench) -> PreTrainedModel:
 def _by(bench: Bench, name: str, layers: str = "block_influence") -> PreTrainedModel:
     axes = {axis: name for axis in ("hidden", "ffn", "heads", "kv_heads") if axis in bench.teacher.architecture}
     return bench.sliced(bench.shape, pr.score(bench.statistics, layers=layers, **axes), norm_correction=False)
-
-
-def _wanda(bench: Bench, model: PreTrainedModel, module: str) -> Tensor:
-    """[L, I]."""
-    _, square_LI = moments(model, bench.calibration, module)
-    return weights(model, module).abs().mean(1) * square_LI.sqrt()

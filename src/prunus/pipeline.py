@@ -152,7 +152,8 @@ def _check_goal(run: Run) -> None:
 def _text(run: Run) -> None:
     """Tokenise the training and the held-out text into packed blocks."""
     data, tokenizer = run.recipe.data, run.teacher.tokenizer()
-    limit = run.recipe.distill.tokens and run.recipe.distill.tokens + run.recipe.measure.tokens
+    beside = max(run.recipe.measure.tokens, run.recipe.prune.tokens)
+    limit = run.recipe.distill.tokens and run.recipe.distill.tokens + beside
     for part in data.sources:
         if limit is None and not Path(part.source).exists() and HUB_ID.fullmatch(part.source):
             raise BadRecipe(f"data.train: {part.source!r} is on the hub; say how much of it to read (--tokens 10M)")
@@ -282,7 +283,7 @@ def _prune(run: Run) -> None:
             run.scores,
             target,
             to=run.path("prune"),
-            calibration=run.calibration if options.repair else None,
+            calibration=run.repair_text if options.repair else None,
             norm_correction=options.norm_correction,
             head_residuals=options.head_residuals,
             damping=options.damping,

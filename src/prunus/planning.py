@@ -136,7 +136,7 @@ def seconds(
     return {
         "measure": recipe.measure.tokens * ahead / rate,
         "search": search / rate,
-        "prune": 2 * recipe.measure.tokens * (ahead + student) / rate,
+        "prune": 2 * recipe.prune.repair * recipe.prune.tokens * (ahead + student) / rate,
         "distill": training_tokens * (ahead + 3 * student) * (2 if recipe.baseline else 1) / (rate * machine.gpus),
         "evaluate": recipe.data.heldout_tokens * (ahead + 3 * student) / rate,
     }

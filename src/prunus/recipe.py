@@ -178,7 +178,8 @@ class Search(Section):
 class Prune(Section):
     """The cut."""
 
-    repair: bool = Field(True, description="least-squares repair on the calibration text")
+    repair: bool = Field(True, description="least-squares repair")
+    tokens: Count = Field(131072, description="tokens of the training text for the repair, calibration text included")
     norm_correction: bool = True
     head_residuals: bool = False
     damping: float = Field(DAMPING, gt=0, description="ridge of the repair, as a share of the mean diagonal")

@@ -158,7 +158,7 @@ def _words(report: Report) -> dict[str, Any]:
         "recipe": yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True) if report["recipe"] else "",
         "provenance": _provenance(report),
         "budget": {"text": "", "note": "", **report["budget"]},
-        "text": dict.fromkeys(("calibration", "train", "heldout"), "") | _texts(report),
+        "text": dict.fromkeys(("calibration", "repair", "train", "heldout"), "") | _texts(report),
         "stages": _stages(report),
         "total_time": formats.seconds(sum(stage["seconds"] for stage in report["stages"])),
     }

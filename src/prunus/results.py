@@ -317,7 +317,8 @@ def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any
 def _texts(run: Run) -> dict[str, Blocks]:
     if not run.finished("text"):
         return {}
-    return {"train": run.train, "calibration": run.calibration, "validation": run.validation, "heldout": run.test}
+    texts = {"train": run.train, "calibration": run.calibration, "validation": run.validation, "heldout": run.test}
+    return texts | ({"repair": run.repair_text} if run.recipe.prune.repair else {})
 
 
 def _text(blocks: Blocks) -> dict[str, Any]:

@@ -56,7 +56,7 @@ BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
 TOURNAMENT = ".tournament"
 DEPENDS_ON = {
-    "text": ("model", "data", "distill.tokens", "measure.tokens"),
+    "text": ("model", "data", "distill.tokens", "measure.tokens", "prune.tokens"),
     "measure": ("start", "uneven", "measure", "distill.seed"),
     "score": ("score",),
     "search": (*LIMITS, "context", "arch", "search"),
@@ -145,11 +145,17 @@ class Run:
 
     @functools.cached_property
     def calibration(self) -> Blocks:
-        """A random part of the training text: what training reaches last.
+        """What the teacher is measured on."""
+        return self._reached_last(self.recipe.measure.tokens)
 
-        The repair has learnt it nearly by heart, so a training step on it teaches little.
-        """
-        count = min(len(self.train), max(1, self.recipe.measure.tokens // self.recipe.data.block_size))
+    @functools.cached_property
+    def repair_text(self) -> Blocks:
+        """What the student is refitted on; it learns that half by heart, so a training step on it teaches less."""
+        return self._reached_last(self.recipe.prune.tokens)
+
+    def _reached_last(self, tokens: int) -> Blocks:
+        """A random part of the training text: what training reaches last."""
+        count = min(len(self.train), max(1, tokens // self.recipe.data.block_size))
         in_turn = order(len(self.train), seed=self.recipe.distill.seed, epoch=0)
         return self.train.select(in_turn[len(in_turn) - count :].tolist())
 
