@@ -4,7 +4,7 @@ Usage: python benchmarks/half_the_tokens.py MODEL --train TEXT --heldout FILE [-
        [--beside FILE] [--seeds 1] [--from-scratch 40] --to FOLDER
 
 Both recipes search, cut and train by themselves (`recipes/minitron.yaml`, and no recipe at all), on the same text, with
-as much of it for calibration, and are measured on the same held-out text. Further seeds of the first share take the
+as much of it for the scores, and are measured on the same held-out text. Further seeds of the first share take the
 shape that the first seed found; they draw other calibration text and another order. --from-scratch N trains the shape
 that Prunus found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. --beside FILE
 measures the students on other text too. Runs lie in FOLDER and are not made again.
