@@ -27,7 +27,7 @@ from prunus.text import load_blocks
 MINITRON = Path(__file__).parents[1] / "recipes" / "minitron.yaml"
 FROM_SCRATCH_RATE = 1e-3
 """Random weights want a higher one."""
-CALIBRATION_TOKENS, HELDOUT_TOKENS, BESIDE_TOKENS = 32768, 49152, 16384
+SCORING_TOKENS, HELDOUT_TOKENS, BESIDE_TOKENS = 32768, 49152, 16384
 
 
 def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes: Any) -> dict[str, dict[str, float]]:
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes:
         "data.train": options.train,
         "data.heldout": options.heldout,
         "data.heldout_tokens": HELDOUT_TOKENS,
-        "measure.tokens": CALIBRATION_TOKENS,
+        "measure.tokens": SCORING_TOKENS,
         "evaluate.speed": False,
     }
     made = pr.compress(recipes.parse(recipes.override(base, changes), source=name))

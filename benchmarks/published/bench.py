@@ -18,6 +18,8 @@ from prunus.text import Blocks
 
 BATCH_BLOCKS = 4
 READS, WRITE = ("gate_proj", "up_proj"), "down_proj"
+WRITERS = ("mlp.down_proj", "self_attn.o_proj")
+"""What writes the residual stream, from neurons and from heads."""
 
 
 class Inapplicable(Exception):
@@ -87,14 +89,14 @@ def seen(model: PreTrainedModel, module: str, see: Callable[[int, Tensor], None]
 
 
 @torch.no_grad()
-def moments(bench: Bench, modules: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and mean square over the calibration text of each channel that these modules of each layer are given.
+def moments(bench: Bench) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and mean square over the calibration text of each channel that the writers of each layer are given.
 
     Returns:
         module → ([L, C], [L, C]).
     """
     model = bench.teacher.module(hardware.compute_dtype(), hardware.device())
-    sums = {module: [[0, 0] for _ in anatomy.layers_of(model)] for module in modules}
+    sums = {module: [[0, 0] for _ in anatomy.layers_of(model)] for module in WRITERS}
 
     def see(module: str, layer: int, x_BSC: Tensor) -> None:
         x_NC, both = x_BSC.flatten(0, -2).double(), sums[module][layer]
@@ -102,7 +104,7 @@ def moments(bench: Bench, modules: Sequence[str]) -> dict[str, tuple[Tensor, Ten
         both[1] = both[1] + x_NC.square().sum(0)
 
     with ExitStack() as stack:
-        for module in modules:
+        for module in WRITERS:
             stack.enter_context(seen(model, module, partial(see, module)))
         for tokens_BS, positions_BS in batches(bench.calibration):
             anatomy.body_of(model)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)

@@ -28,8 +28,7 @@ def wanda_sp(bench: Bench) -> PreTrainedModel:
     """
     model, sizes = bench.model(), bench.teacher.architecture
     ffn_LF, attention_LC = (
-        weights(model, name).abs().mean(1) * square_LI.sqrt()
-        for name, (_, square_LI) in moments(bench, ("mlp.down_proj", "self_attn.o_proj")).items()
+        weights(model, name).abs().mean(1) * square_LI.sqrt() for name, (_, square_LI) in moments(bench).items()
     )
     heads_LA = attention_LC.unflatten(-1, (sizes.heads, -1)).sum(-1)
     groups_LG = heads_LA.unflatten(-1, (sizes.kv_heads, -1)).sum(-1)

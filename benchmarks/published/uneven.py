@@ -20,7 +20,7 @@ def flap(bench: Bench) -> PreTrainedModel:
     its mean, as a bias. Source: FLAP, arXiv:2312.11983 (WIFV, AL-AM)."""
     model, sizes = bench.model(), bench.teacher.architecture
     means, scores = {}, {}
-    for name, (mean_LI, square_LI) in moments(bench, ("mlp.down_proj", "self_attn.o_proj")).items():
+    for name, (mean_LI, square_LI) in moments(bench).items():
         fluctuation_LI = square_LI - mean_LI.square()
         means[name], scores[name] = mean_LI, _standard(fluctuation_LI * weights(model, name).square().sum(1))
     groups_LG = scores["self_attn.o_proj"].unflatten(-1, (sizes.kv_heads, -1)).mean(-1)
