@@ -2,13 +2,14 @@
 
 Usage: python benchmarks/quality.py MODEL --train TEXT --calibration TEXT --heldout FILE [--heldout FILE]
        [--shares 0.8,0.67,0.5] [--tokens 100k] [--rates 1.5e-4,3e-4] [--only "FLAP;Prunus"]
-       [--tasks FOLDER] [--limit N] --to FOLDER
+       [--tasks FOLDER] [--limit N] --to FOLDER [--rows FOLDER]
 
 Each row is measured without any training, and after distillation on the same tokens with Prunus's own loop and
 settings, of several learning rates the best: what differs is the student alone. A row is written when it is done, and
-not made again; the table is made of those that are there. Calibration, training and held-out text must be different
-files. With --tasks FOLDER, which holds arc_easy_test.jsonl, hellaswag_val.jsonl and blimp_50each.jsonl, the share of
-the teacher's accuracy above chance that is kept, with an interval of 95 % over the rows of the task.
+not made again; the table (quality_rows.py) is made of those that are there. Calibration, training and held-out text
+must be different files. With --tasks FOLDER, which holds arc_easy_test.jsonl, hellaswag_val.jsonl and
+blimp_50each.jsonl, the share of the teacher's accuracy above chance that is kept, with an interval of 95 % over the
+rows of the task. Text and cache lie in --to, rows and shapes in --rows: there too, where it is not given.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from published import METHODS, PACKAGES, Bench, Inapplicable
 from published.bench import count
+from quality_rows import CHANCE, mean_kl, table
 from texts import BLOCK_SIZE, tokenised
 from transformers import PreTrainedModel
 
@@ -50,16 +52,14 @@ Judged = dict[str, dict[str, float]]
 """Held-out text → perplexity, kl."""
 
 
-def tasks(folder: Path) -> dict[str, tuple[LocalTask, float]]:
-    """Each task, and what chance gives."""
-    return {
-        "ARC-Easy": (LocalTask("arc_easy", folder / "arc_easy_test.jsonl", "{{query}}", "choices", "gold"), 0.25),
-        "HellaSwag": (
-            LocalTask("hellaswag", folder / "hellaswag_val.jsonl", "{{activity_label}}: {{ctx}}", "endings", "label"),
-            0.25,
-        ),
-        "BLiMP": (LocalTask("blimp", folder / "blimp_50each.jsonl", "", ("sentence_good", "sentence_bad"), 0), 0.5),
+def tasks(folder: Path) -> dict[str, LocalTask]:
+    hellaswag = "{{activity_label}}: {{ctx}}"
+    found = {
+        "ARC-Easy": LocalTask("arc_easy", folder / "arc_easy_test.jsonl", "{{query}}", "choices", "gold"),
+        "HellaSwag": LocalTask("hellaswag", folder / "hellaswag_val.jsonl", hellaswag, "endings", "label"),
+        "BLiMP": LocalTask("blimp", folder / "blimp_50each.jsonl", "", ("sentence_good", "sentence_bad"), 0),
     }
+    return {name: found[name] for name in CHANCE}
 
 
 class Laboratory:
@@ -67,6 +67,7 @@ class Laboratory:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder: Path = options.to
+        self.rows: Path = options.rows or options.to
         self.teacher = pr.load(options.model)
         self.train = self._text("train", options.train, int(options.tokens))
         calibration = self._text("calibration", options.calibration, CALIBRATION_TOKENS + VALIDATION_TOKENS)
@@ -102,7 +103,7 @@ class Laboratory:
         statistics = self._statistics()
         scores = pr.score(statistics)
         budget = pr.parse_budget(self.teacher, params=f"{share}x")
-        file = self.folder / f"{share}" / "shape.json"
+        file = self.rows / f"{share}" / "shape.json"
         if not file.exists():
             best = pr.search(
                 self.teacher, scores, budget, calibration=self.calibration, heldout=self.validation
@@ -148,65 +149,40 @@ def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, rate: float 
     return model.eval()
 
 
-def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, Any], limit: int | None) -> dict:
+def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, LocalTask], limit: int | None) -> dict:
     """One method at one size: made, measured, trained at each rate, measured. The best rate is the one that counts."""
     started = time.monotonic()
     model = ROWS[method](bench).float().requires_grad_(True)
     result = {"method": method, "parameters": count(model), "seconds": time.monotonic() - started}
+    result |= {"threads": torch.get_num_threads(), "tokens": laboratory.train.num_tokens}
     students = [trained(model, laboratory.cache(), laboratory.train, rate) for rate in laboratory.rates]
     before, *after = laboratory.judged([hardware.place(model, dtype=hardware.compute_dtype()).eval(), *students])
-    best = min(range(len(students)), key=lambda number: _mean_kl(after[number]))
+    best = min(range(len(students)), key=lambda number: mean_kl(after[number]))
     result |= {"before": before, "after": after[best], "rate": laboratory.rates[best]}
     result["tasks"] = accuracies(students[best], laboratory, scored, limit)
     return result
 
 
-def accuracies(model: PreTrainedModel, laboratory: Laboratory, scored: Mapping[str, Any], limit: int | None) -> dict:
+def teacher_row(laboratory: Laboratory, scored: Mapping[str, LocalTask], limit: int | None) -> dict:
+    (before,) = laboratory.judged([laboratory.judge])
+    found = accuracies(laboratory.judge, laboratory, scored, limit)
+    return {"method": "teacher", "parameters": count(laboratory.judge), "before": before, "tasks": found}
+
+
+def accuracies(
+    model: PreTrainedModel, laboratory: Laboratory, scored: Mapping[str, LocalTask], limit: int | None
+) -> dict:
     """Of each task [accuracy, its standard error]."""
     if not scored:
         return {}
-    found = run_tasks(model, laboratory.teacher.tokenizer(), [task for task, _ in scored.values()], limit=limit)
-    return {name: [found[task.name][key] for key in ("acc", "acc_stderr")] for name, (task, _) in scored.items()}
+    found = run_tasks(model, laboratory.teacher.tokenizer(), list(scored.values()), limit=limit)
+    return {name: [found[task.name][key] for key in ("acc", "acc_stderr")] for name, task in scored.items()}
 
 
 def write(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as partial:
         partial.write_text(json.dumps(value, indent=1))
-
-
-def kept(student: list[float], teacher: list[float], chance: float) -> str:
-    """Share of the teacher's accuracy above chance, ± 1.96 standard errors of the student's."""
-    above = teacher[0] - chance
-    return f"{(student[0] - chance) / above:.0%} ± {1.96 * student[1] / above:.0%}"
-
-
-def table(laboratory: Laboratory, share: str, scored: Mapping[str, Any], teacher: Mapping[str, list[float]]) -> str:
-    """Markdown of the rows that are there, best after training first."""
-    files = sorted((laboratory.folder / share).glob("row-*.json"))
-    rows = sorted((json.loads(file.read_text()) for file in files), key=lambda row: _mean_kl(row["after"]))
-    names = list(laboratory.heldout)
-    heads = [f"{name}: {when}" for when in ("cut", f"{laboratory.train.num_tokens // 1000}k tokens") for name in names]
-    columns = ["method", "parameters", *heads, "rate", *scored]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [row["method"], f"{row['parameters'] / 1e6:.1f}M"]
-        cells += [
-            f"{row[when][name]['perplexity']:,.1f} ({row[when][name]['kl']:.3f})"
-            for when in ("before", "after")
-            for name in names
-        ]
-        cells.append(f"{row['rate']:.1e}" if row["rate"] else "")
-        cells += [
-            kept(row["tasks"][name], teacher[name], chance) if name in row["tasks"] else ""
-            for name, (_, chance) in scored.items()
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _mean_kl(judged: Judged) -> float:
-    return sum(each["kl"] for each in judged.values()) / len(judged)
 
 
 def main() -> None:
@@ -222,18 +198,19 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
     hardware.keep_freed_memory()
     laboratory = Laboratory(options)
     scored = tasks(options.tasks) if options.tasks else {}
-    teacher = laboratory.folder / "teacher.json"
+    teacher = laboratory.rows / "teacher.json"
     if not teacher.exists():
-        write(teacher, accuracies(laboratory.judge, laboratory, scored, options.limit))
+        write(teacher, teacher_row(laboratory, scored, options.limit))
     for share in options.shares.split(","):
         bench = laboratory.bench(float(share))
         print(f"\n{share} of the parameters: {bench.parameters:,}; Prunus found {bench.shape}", flush=True)
         for method in options.only.split(";") if options.only else ROWS:
-            file = laboratory.folder / share / f"row-{method.replace(' ', '-')}.json"
+            file = laboratory.rows / share / f"row-{method.replace(' ', '-')}.json"
             missing = method in PACKAGES and importlib.util.find_spec(PACKAGES[method]) is None
             if missing or file.exists():
                 continue
@@ -242,7 +219,7 @@ def main() -> None:
                 print(f"{method}: done", flush=True)
             except Inapplicable as why:
                 print(f"{method}: left out, {why}", flush=True)
-        print(table(laboratory, share, scored, json.loads(teacher.read_text())), flush=True)
+        print(table(laboratory.rows / share, json.loads(teacher.read_text())), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""The tables of what quality.py measured, in Markdown: one a size, the methods by their divergence after training.
+
+Usage: python benchmarks/quality_rows.py FOLDER
+
+FOLDER holds teacher.json and, for each size, a folder of row-*.json; those of docs/quality.md lie in benchmarks/rows.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CHANCE = {"ARC-Easy": 0.25, "HellaSwag": 0.25, "BLiMP": 0.5}
+
+
+def main(folder: Path) -> None:
+    teacher = read(folder / "teacher.json")
+    for share in sorted((each for each in folder.iterdir() if any(each.glob("row-*.json"))), reverse=True):
+        print(f"\n## {share.name}x\n\n{table(share, teacher)}")
+
+
+def table(folder: Path, teacher: Mapping[str, Any]) -> str:
+    """Markdown of one size's rows."""
+    rows = sorted(map(read, folder.glob("row-*.json")), key=lambda row: mean_kl(row["after"]))
+    texts, tasks = list(teacher["before"]), [name for name in CHANCE if any(name in row["tasks"] for row in rows)]
+    measured = [f"{text}: {when}" for when in ("cut", f"{rows[0]['tokens'] // 1000}k tokens") for text in texts]
+    heads = ["method", "parameters", *measured, "rate", *tasks]
+    first = [*cells(teacher, texts), *(accuracy(teacher["tasks"][name]) for name in tasks)]
+    lines = [heads, ["---"] * len(heads), first]
+    for row in rows:
+        lines.append([*cells(row, texts), *(kept(row["tasks"], teacher["tasks"], name) for name in tasks)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(row: Mapping[str, Any], texts: Iterable[str]) -> list[str]:
+    found = [judged(row[when][text]) if when in row else "" for when in ("before", "after") for text in texts]
+    rate = f"{row['rate']:.0e}" if row.get("rate") else ""
+    return [row["method"], f"{row['parameters'] / 1e6:.1f}M", *found, rate]
+
+
+def judged(each: Mapping[str, float]) -> str:
+    return f"{each['perplexity']:,.1f} ({each['kl']:.3f})"
+
+
+def accuracy(measured: Sequence[float]) -> str:
+    return f"{measured[0]:.1%} ± {1.96 * measured[1]:.1%}"
+
+
+def kept(student: Mapping[str, Sequence[float]], teacher: Mapping[str, Sequence[float]], task: str) -> str:
+    """Share of the teacher's accuracy above chance, ± 1.96 standard errors of the student's; empty if not measured."""
+    if task not in student:
+        return ""
+    above = teacher[task][0] - CHANCE[task]
+    return f"{(student[task][0] - CHANCE[task]) / above:.0%} ± {1.96 * student[task][1] / above:.0%}"
+
+
+def mean_kl(judged: Mapping[str, Mapping[str, float]]) -> float:
+    """Over the held-out texts."""
+    return sum(each["kl"] for each in judged.values()) / len(judged)
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
