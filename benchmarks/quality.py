@@ -154,7 +154,8 @@ def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, 
     started = time.monotonic()
     model = ROWS[method](bench).float().requires_grad_(True)
     result = {"method": method, "parameters": count(model), "seconds": time.monotonic() - started}
-    result |= {"threads": torch.get_num_threads(), "tokens": laboratory.train.num_tokens}
+    result |= {"threads": torch.get_num_threads(), "dtype": str(hardware.compute_dtype())}
+    result["tokens"] = laboratory.train.num_tokens
     students = [trained(model, laboratory.cache(), laboratory.train, rate) for rate in laboratory.rates]
     before, *after = laboratory.judged([hardware.place(model, dtype=hardware.compute_dtype()).eval(), *students])
     best = min(range(len(students)), key=lambda number: mean_kl(after[number]))
