@@ -33,6 +33,15 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def fast_dtype(stored: torch.dtype) -> torch.dtype:
+    """`stored`, or float32 where it is a short type that this machine multiplies more slowly: bfloat16 on most CPUs,
+    float16 on all of them."""
+    if stored not in (torch.bfloat16, torch.float16):
+        return stored
+    native = stored == compute_dtype() or (stored == torch.float16 and device().type == "cuda")
+    return stored if native else torch.float32
+
+
 def free_memory() -> int:
     """Free bytes of the device."""
     if device().type == "cuda":

@@ -54,7 +54,7 @@ def microseconds(
     models = {}
     for place, each in enumerate(architectures):
         student = cut(teacher, scores, each, norm_correction=False)
-        models[str(place)] = hardware.place(build(student, teacher.dtype), device=hardware.device())
+        models[str(place)] = hardware.place(build(student, hardware.compute_dtype()), device=hardware.device())
         progress(place + 1, len(architectures))
     speeds = speed(models, repeats=repeats)
     return [1e6 / speeds[str(place)].decode_tokens_per_second for place in range(len(architectures))]

@@ -150,10 +150,15 @@ def repaired(
     damping: float = repair.DAMPING,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreTrainedModel:
-    """The student as a transformers model, in the teacher's dtype, after `repair_layers`."""
+    """The student as a transformers model after `repair_layers`, in the dtype of `hardware.fast_dtype`.
+
+    Args:
+        teacher_model: the teacher in that dtype; loaded otherwise.
+    """
     device = hardware.device()
-    model = hardware.place(build(student, teacher.dtype), device=device)
-    source = teacher_model or teacher.module(device=device)
+    dtype = hardware.fast_dtype(teacher.dtype)
+    model = hardware.place(build(student, dtype), device=device)
+    source = teacher_model or teacher.module(dtype, device)
     refit.repair_layers(source, model, teacher.family, student.kept, calibration, damping=damping, progress=progress)
     return model
 

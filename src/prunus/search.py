@@ -214,11 +214,11 @@ class _Measurer:
     ) -> None:
         self.teacher, self.scores, self.repair = teacher, scores, repair
         self.calibration, self.heldout = calibration, heldout
-        # Weights are fitted in the teacher's own type; to compare, the one that the machine is fast in will do.
-        dtype, device = hardware.compute_dtype(), hardware.device()
+        # Weights are fitted in the teacher's own type; to compare, the one that the machine is fastest in will do.
+        self.dtype, dtype, device = hardware.fast_dtype(teacher.dtype), hardware.compute_dtype(), hardware.device()
         judged = teacher.module(dtype, device)
         self.base = quality(judged, heldout)
-        self.model = judged if teacher.dtype == dtype else teacher.module(device=device)
+        self.model = judged if self.dtype == dtype else teacher.module(self.dtype, device)
         self.done, self.total, self.progress = 0, total, progress
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ class _Measurer:
         if self.repair:
             model = repaired(self.teacher, student, self.calibration, teacher_model=self.model)
         else:
-            model = hardware.place(build(student, self.teacher.dtype), device=hardware.device())
+            model = hardware.place(build(student, self.dtype), device=hardware.device())
         self.done += 1
         self.progress(self.done, self.total)
         return quality(hardware.place(model, dtype=hardware.compute_dtype()), self.heldout)

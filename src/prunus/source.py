@@ -53,8 +53,10 @@ class Source:
 
 def opened(teacher: Checkpoint) -> Source:
     """A checkpoint on the device, or on disk where it would take much of the free memory."""
-    fits = teacher.bytes <= SHARE_OF_MEMORY * hardware.free_memory()
-    return in_memory(teacher.module(device=hardware.device())) if fits else on_disk(teacher)
+    dtype = hardware.fast_dtype(teacher.dtype)
+    need = teacher.bytes * dtype.itemsize // teacher.dtype.itemsize
+    fits = need <= SHARE_OF_MEMORY * hardware.free_memory()
+    return in_memory(teacher.module(dtype, hardware.device())) if fits else on_disk(teacher)
 
 
 def in_memory(model: PreTrainedModel) -> Source:
@@ -63,7 +65,8 @@ def in_memory(model: PreTrainedModel) -> Source:
 
 def on_disk(teacher: Checkpoint) -> Source:
     """A model that is never in memory whole."""
-    model = hardware.place(teacher.skeleton())
+    dtype = hardware.fast_dtype(teacher.dtype)
+    model = hardware.place(teacher.skeleton(dtype))
     for name, buffer in model.named_buffers():
         module, _, own = name.rpartition(".")
         model.get_submodule(module)._buffers[own] = buffer.to(hardware.device())
@@ -74,7 +77,8 @@ def on_disk(teacher: Checkpoint) -> Source:
         empty = anatomy.stored_tensors(module)
         # A tied head has the embedding's weights under another name.
         stored = {own: prefix + own if prefix + own in teacher.stored else _tied_to(teacher) for own in empty}
-        _assign(module, {own: teacher.tensor(full) for own, full in stored.items()})
+        weights = {own: teacher.tensor(full) for own, full in stored.items()}
+        _assign(module, {own: w.to(dtype) if w.dtype == teacher.dtype else w for own, w in weights.items()})
         try:
             yield hardware.place(module)
         finally:

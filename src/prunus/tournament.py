@@ -179,4 +179,4 @@ def _between(blocks: Blocks, start: int, end: int) -> Blocks:
 
 
 def _loss(model: Checkpoint, heldout: Blocks) -> float:
-    return quality(hardware.place(model.module(), device=hardware.device()), heldout).loss
+    return quality(model.module(hardware.compute_dtype(), hardware.device()), heldout).loss
