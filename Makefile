@@ -26,6 +26,7 @@ check: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # The demo comes first, and then its shape from random weights on the same tokens.
+# For a CPU that multiplies bfloat16 (avx512_bf16): on others what is timed in it takes hours.
 bench: demo
 	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL) --baseline
 	$(BIN)/python benchmarks/head_loss.py $(MODEL) demo/run/3-pruned demo/run/0-text/heldout

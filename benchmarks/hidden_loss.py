@@ -47,11 +47,11 @@ def main() -> None:
         scores = pr.score(pr.measure(teacher, calibration))
         target = teacher.architecture.replace(layers=options.layers)
         student = pr.prune(teacher, scores, target, to=folder / "student", calibration=calibration)
-        judge = teacher.module()
+        judge = teacher.module(hardware.compute_dtype())
         print(f"{teacher.architecture.layers} → {options.layers} layers, {options.tokens} tokens")
 
         def show(label: str, checkpoint: pr.Checkpoint) -> None:
-            seen = quality(checkpoint.module(), heldout, teacher=judge)
+            seen = quality(checkpoint.module(hardware.compute_dtype()), heldout, teacher=judge)
             print(
                 f"{label:20} perplexity {seen.perplexity:7.2f}   KL to the teacher {seen.kl_to_teacher:.4f}", flush=True
             )

@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     hardware.keep_freed_memory()
     teacher = pr.load(options.model)
-    model = teacher.module()
+    model = teacher.module(hardware.fast_dtype(teacher.dtype))
     words = random.Random(0).choices(Path(__file__).read_text().split(), k=options.blocks * 600)
     with tempfile.TemporaryDirectory() as folder:
         blocks = text.tokenise(

@@ -9,8 +9,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 import prunus as pr
 from prunus import hardware, text
 from prunus.documents import documents
@@ -49,7 +47,7 @@ def main() -> None:
 
 
 def run(teacher: pr.Checkpoint, calibration: text.Blocks, heldout: text.Blocks, cuts: list[str]) -> None:
-    model = teacher.module()
+    model = teacher.module(hardware.fast_dtype(teacher.dtype))
     print(f"calibration {calibration.num_tokens} tokens, held out {heldout.num_tokens} tokens")
     print(f"teacher {quality(model, heldout).perplexity:.2f}")
     grams = any(function == "reconstruction" for key in cuts for _, function in CUTS[key])
@@ -64,7 +62,7 @@ def run(teacher: pr.Checkpoint, calibration: text.Blocks, heldout: text.Blocks, 
             if method == "repaired":
                 candidate = repaired(teacher, student, calibration, teacher_model=model)
             else:
-                candidate = build(student, torch.bfloat16)
+                candidate = build(student, hardware.compute_dtype())
             seconds = time.perf_counter() - start
             print(f"{key:12} {function:16} {method:15} {quality(candidate, heldout).perplexity:8.2f}  {seconds:6.1f} s")
 

@@ -366,7 +366,7 @@ def test_a_recipe_that_is_not_there(refused, tmp_path):
     [
         (("--stop-after", "distil"), "stop_after: 'distil' is unknown; did you mean 'distill'?"),
         (("--stop-after", "zzz"), "one of text, measure, score, search, prune, distill, evaluate, report"),
-        (("--set", "distill.learning_rat=1"), "unknown key 'distill.learning_rat'; did you mean 'learning_rate'?"),
+        (("--set", "distill.learning_rat=1"), "key 'distill.learning_rat'; did you mean 'distill.learning_rate'?"),
         (("--set", "distill.learning_rate"), "write KEY=VALUE"),
         (("--set", "prune.repair=["), "the value is not YAML"),
         (("--set", "measure=3"), "measure: "),

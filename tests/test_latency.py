@@ -21,12 +21,12 @@ def scores(llama, blocks):
 
 
 @pytest.fixture
-def clock(monkeypatch, llama):
-    """Stands in for the timing of models: their time by `RATES`, times what the test sets."""
-    costs = parse_budget(llama, latency="1x", rates=RATES).costs
+def clock(monkeypatch):
+    """Stands in for the timing of models, which is noisy: their time by `RATES`, times what the test sets."""
     pace = {"cut": 1.0}
 
     def microseconds(teacher, scores, architectures, **_):
+        costs = parse_budget(teacher, latency="1x", rates=RATES).costs
         return [costs.latency(each) * (pace["cut"] if each != teacher.architecture else 1.0) for each in architectures]
 
     monkeypatch.setattr(latency, "microseconds", microseconds)
@@ -66,7 +66,7 @@ def test_models_are_timed_in_turns(llama, scores):
     assert 0 < small < whole
 
 
-def test_a_run_with_a_budget_of_time(invoke, whole_model, corpus, tmp_path):
+def test_a_run_with_a_budget_of_time(invoke, clock, whole_model, corpus, tmp_path):
     flags = small_flags(corpus, tmp_path / "run", budget=("--latency", "0.7x"))
     result = invoke("search", str(whole_model), *flags)
     assert result.exit_code == 0, result.stderr

@@ -11,6 +11,9 @@ from conftest import KINDS, tiny_model
 from prunus import hardware, memory
 from prunus.distill import distill
 from prunus.errors import DoesNotFit
+from prunus.importance import score
+from prunus.measure import measure
+from prunus.prune import prune
 from prunus.text import Blocks
 
 GB = 10**9
@@ -140,6 +143,31 @@ def test_what_would_fit_is_said(checkpoint):
         memory.fitting(small, **(options | {"free": 100 * GB}))
     with pytest.raises(DoesNotFit, match="Use shorter blocks or a smaller student"):
         memory.fitting(large(checkpoint), **(options | {"free": GB}))
+
+
+REPAIR = {"blocks": 512, "block_size": 256}
+
+
+def test_text_for_the_repair_that_would_fit_is_said(checkpoint):
+    target = checkpoint.architecture.replace(ffn=20)
+    parts = memory.repair(checkpoint, target, **REPAIR)
+    memory.check_repair(checkpoint, target, **REPAIR, free=math.ceil(sum(parts.values()) / memory.ROOM) + 1)
+    half = sum(parts.values()) - parts["streams"] // 2
+    with pytest.raises(DoesNotFit, match=r"repair needs .* This would fit: prune\.tokens=6[34]k"):
+        memory.check_repair(checkpoint, target, **REPAIR, free=math.ceil(half / memory.ROOM))
+    with pytest.raises(DoesNotFit, match=r"This would fit: prune\.repair=false"):
+        memory.check_repair(checkpoint, target, **REPAIR, free=sum(parts.values()) - parts["streams"])
+
+
+def test_a_repair_that_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):
+    tokens = np.zeros((4, 32), dtype=np.uint16)
+    text = Blocks(tokens, np.zeros_like(tokens), np.ones(4, np.int64), "zeros")
+    scores = score(measure(checkpoint, text))
+    monkeypatch.setattr(hardware, "free_memory", lambda: 1000)
+    monkeypatch.setattr(type(checkpoint), "module", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(DoesNotFit, match=r"prune\.repair=false"):
+        prune(checkpoint, scores, checkpoint.architecture.replace(ffn=20), to=tmp_path / "student", calibration=text)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_that_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import prunus as pr
-from prunus import cost, dims, packing, weights
+from prunus import cost, dims, hardware, packing, weights
 from prunus.anatomy import layers_of
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint, save
@@ -26,6 +26,7 @@ from prunus.measure import measure
 from prunus.prune import KEPT_FILE, build, cut, prune, repaired
 from prunus.scores import Scores
 from prunus.selection import Kept, illegal_cut, ranked_layers, select
+from prunus.source import on_disk, opened
 
 CUTS = {
     "layers": {"layers": 3},
@@ -325,6 +326,24 @@ def test_repair_of_a_redundant_cut_is_exact(llama, blocks, tmp_path):
 
     assert error(build(student, torch.float32)) > 0.1
     assert error(repaired(teacher, student, blocks, damping=1e-7)) < 1e-3
+
+
+def test_a_short_type_that_the_machine_is_slow_in_is_left_for_float32(llama, blocks, tmp_path, monkeypatch):
+    """Measured, searched and repaired in float32; what is written has the type of the teacher's files."""
+    llama.module(torch.bfloat16).save_pretrained(tmp_path / "short")
+    short, target = pr.load(tmp_path / "short"), llama.architecture.replace(ffn=20)
+    monkeypatch.setattr(hardware, "compute_dtype", lambda: torch.float32)
+    for source in (opened(short), on_disk(short)):
+        assert {weight.dtype for layer in source.layers() for weight in layer.parameters()} == {torch.float32}
+    scores = scored(short, blocks)
+    assert repaired(short, cut(short, scores, target), blocks).dtype == torch.float32
+    assert prune(short, scores, target, to=tmp_path / "student", calibration=blocks).dtype == torch.bfloat16
+    monkeypatch.setattr(hardware, "compute_dtype", lambda: torch.bfloat16)
+    assert [hardware.fast_dtype(each) for each in (torch.bfloat16, torch.float16, torch.float32)] == [
+        torch.bfloat16,
+        torch.float16 if torch.cuda.is_available() else torch.float32,
+        torch.float32,
+    ]
 
 
 @for_each_kind

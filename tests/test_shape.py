@@ -18,9 +18,9 @@ LAYERS = """
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
     sensitivity elimination packing experts weights storage checks checkpoint source documents text scores
-    weight_norms measure depth importance selection repair refit prune pieces vocabulary
-    row_blocks fused evaluate tasks
-    schedule masters teacher hidden memory on_policy step watch distill trackers
+    weight_norms measure depth importance selection repair refit
+    row_blocks fused memory prune pieces vocabulary evaluate tasks
+    schedule masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
     console recipe sides run sizes results inspection planning standalone pipeline cli __main__
 """

@@ -1,4 +1,4 @@
-"""Peak memory of a distillation, predicted from sizes alone, and what to do where it does not fit.
+"""Peak memory of a distillation, and of a repair, predicted from sizes alone, and what to do where it does not fit.
 
 All numbers are bytes. N_t and N_s are the parameters of teacher and student, b the bytes of a value in the short type.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prunus import attention, cost, dims, fused, hardware, row_blocks
+from prunus import attention, cost, dims, fused, hardware, refit, row_blocks
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.errors import DoesNotFit
@@ -22,6 +22,8 @@ LARGEST_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a larger micro-batch is not faster."""
 CHUNKS = tuple(fused.CHUNK_TOKENS // parts for parts in (1, 4, 16))
 """Tokens of a chunk of the loss that are tried: a shorter one is slower, but keeps less of a large vocabulary."""
+LEAST_REPAIR_TOKENS = 8192
+"""Less text for the repair is not worth a proposal."""
 ROOM = 0.9
 """Share of the free memory that a plan may fill."""
 HOLES = {"cpu": 1.33, "cuda": 1.05}
@@ -235,6 +237,59 @@ def fitting(need: Training, *, batch_blocks: int, free: int | None = None) -> Tr
 
 def total(need: Training) -> int:
     return sum(peak(need).values())
+
+
+def repair(teacher: Checkpoint, student: Architecture, *, blocks: int, block_size: int) -> dict[str, int]:
+    """Bytes of each part while a cut student is repaired (see `refit.repair_layers`).
+
+    Of all tokens there are both models' streams, before and behind a branch, what its last projection reads, and what
+    layers are called with: a mask of a byte for each key, and rotary tables. Of one batch there is what that is made
+    from; of a projection's inputs, the widest, their products in float32 and float64.
+    """
+    family, layout, device = teacher.family, teacher.layout, hardware.device()
+    itemsize, holes = hardware.fast_dtype(teacher.dtype).itemsize, HOLES[device.type]
+    hidden, whole = student.hidden, teacher.architecture.hidden
+    widest = max((_written_from(branch, family, student) for branch in family.branches if branch.write), default=hidden)
+    streams = 2 * hidden + (3 if any(branch.post_norm for branch in family.branches) else 2) * whole + widest
+    if any(branch.experts for branch in family.branches):  # these want their tokens at once
+        streams += hidden + whole
+    called_with = block_size + 2 * itemsize * student.get("head_dim", 0)
+    return {
+        "teacher": itemsize * teacher.parameters,
+        # built from a copy of its weights as stored
+        "student": (itemsize + teacher.dtype.itemsize) * cost.parameters(family, layout, student),
+        "streams": int(holes * blocks * block_size * (itemsize * streams + 2 * called_with)),
+        "a batch": int(holes * 4 * 4 * widest * min(blocks, refit.BATCH_BLOCKS) * block_size),
+        "products": 24 * widest * (widest + hidden),
+    }
+
+
+def check_repair(
+    teacher: Checkpoint, student: Architecture, *, blocks: int, block_size: int, free: int | None = None
+) -> None:
+    """
+    Raises:
+        DoesNotFit: says how much text would.
+    """
+    free = int(ROOM * (hardware.free_memory() if free is None else free))
+    parts = repair(teacher, student, blocks=blocks, block_size=block_size)
+    if sum(parts.values()) <= free:
+        return
+    one = repair(teacher, student, blocks=1, block_size=block_size)
+    per_block = (parts["streams"] - one["streams"]) // max(blocks - 1, 1)
+    fitting = block_size * ((free - sum(parts.values()) + parts["streams"]) // max(per_block, 1))
+    advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_REPAIR_TOKENS else "prune.repair=false"
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    raise DoesNotFit(
+        f"the repair needs {sum(parts.values()) / 1e9:.1f} GB ({listed}), but {free / 1e9:.1f} GB are free. "
+        f"This would fit: {advice}."
+    )
+
+
+def _written_from(branch: Branch, family: Family, sizes: Architecture) -> int:
+    """Values of a token that a branch's last projection reads."""
+    formula = family.layer_weights[f"{branch.write}.weight"][0 if family.transposed else -1]
+    return dims.size(formula, sizes)
 
 
 def _advice(need: Training, free: int) -> str:

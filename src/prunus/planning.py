@@ -82,6 +82,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         "training": asdict(schedule) | {"tokens": schedule.tokens, "micro_blocks": micro_blocks},
         "peak_memory_bytes": sum(parts.values()),
         "peak_memory_parts": parts,
+        "repair_memory_bytes": _repair_memory(teacher, target, recipe, machine),
         "gpus": machine.gpus,
         "seconds": seconds(teacher, target, recipe, schedule.tokens, machine),
         "writes": [f"{recipe.to}/{name}" for names in OUTPUTS.values() for name in names],
@@ -120,6 +121,20 @@ def _memory(
     else:
         need = memory.fitting(need, batch_blocks=batch_blocks, free=machine.memory)
     return {"micro_blocks": need.blocks, **memory.peak(need)}
+
+
+def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, machine: Machine) -> int:
+    """Peak of the repair, in bytes; it runs on one GPU (or CPU).
+
+    Raises:
+        DoesNotFit: says what would.
+    """
+    if not recipe.prune.repair or target == teacher.architecture:
+        return 0
+    block_size = recipe.data.block_size
+    text = {"blocks": recipe.prune.tokens // block_size, "block_size": block_size}
+    memory.check_repair(teacher, target, **text, free=machine.memory)
+    return sum(memory.repair(teacher, target, **text).values())
 
 
 def seconds(
@@ -165,6 +180,8 @@ def show(result: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in result["peak_memory_parts"].items())
     each = " on each" if result["gpus"] > 1 else ""
     console.print(f"Peak memory of the training{each}: about {result['peak_memory_bytes'] / 1e9:.1f} GB ({parts})")
+    if result["repair_memory_bytes"]:
+        console.print(f"Peak memory of the repair: about {result['repair_memory_bytes'] / 1e9:.1f} GB")
     stages = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items())
     where = "on this machine, now" if result["gpus"] == 1 else f"on {result['gpus']} GPUs"
     console.print(f"Time {where}: about {duration(sum(result['seconds'].values()))} ({stages})")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prunus import dims, hardware, refit, repair, weights
+from prunus import dims, hardware, memory, refit, repair, weights
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint, from_config, save
 from prunus.families import Family
@@ -129,8 +129,13 @@ def prune(
         calibration: text for the least-squares repair; without it only the norms are corrected.
     Returns:
         the written student, compared with what was meant to be written (see `checkpoint.save`).
+    Raises:
+        DoesNotFit: the repair would take more memory than is free; says how much text would do.
     """
     hardware.keep_freed_memory()
+    if calibration is not None:
+        block_size = calibration.batch([0])[0].shape[-1]
+        memory.check_repair(teacher, target, blocks=len(calibration), block_size=block_size)
     student = cut(teacher, scores, target, norm_correction=norm_correction, head_residuals=head_residuals)
     tensors: Mapping[str, Tensor | Parts] = student.tensors
     if calibration is not None and target != teacher.architecture:

@@ -376,8 +376,10 @@ def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
     path = [str(part) for part in detail["loc"]]
     where, kind = ".".join(path), detail["type"]
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(path[-1], _known_keys(section, path[:-1]), n=1, cutoff=0.5)
-        known = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(_known_keys(section, path[:-1]))}"
+        *parents, last = path
+        options = _known_keys(section, parents)
+        close = difflib.get_close_matches(last, options, n=1, cutoff=0.5)
+        known = f"did you mean {'.'.join([*parents, *close])!r}?" if close else f"known here: {', '.join(options)}"
         return f"unknown key {where!r}; {known}"
     if kind == "missing":
         return f"{where} is missing"

@@ -5,8 +5,9 @@ Shapes: N tokens, H teacher channels, K student inputs, O outputs of a projectio
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -52,32 +53,54 @@ def repair_layers(
     batches = layerwise.enter_all(student, blocks, batch_blocks=BATCH_BLOCKS)
     walk = _TeacherWalk(teacher, family, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
-    scale = math.sqrt(len(kept.hidden) / walk.sizes.hidden) if family.scaled_embedding else 1.0
+    stream_scale = math.sqrt(len(kept.hidden) / walk.sizes.hidden) if family.scaled_embedding else 1.0
     hidden = torch.tensor(kept.hidden, device=student.device)
     for number, layer in enumerate(anatomy.layers_of(student)):
-        source, seen = walk.next_layer(number)
+        inputs = [batch.layer_inputs[number] for batch in batches]
         entering: list[Tensor] = []
-        for branch in layerwise.branches_of(layer, family):
+        for branch, source, seen in walk.branches(number):
+            if not layerwise.has(layer, branch.mark):
+                continue
             added_scale = layerwise.added_scale(student.config, family, branch)
-            norm, teacher_side = layerwise.norm_of(layer, branch), seen[branch.name]
             if not branch.beside:
                 entering = [batch.stream_BSH for batch in batches]
-            normed = [norm(stream_BSH) for stream_BSH in entering]
-            if branch.post_norm:  # the norm behind sets the scale, so only the direction counts
-                targets_NK = _flat(teacher_side.written)[:, hidden]
-            else:
-                own_NK = _flat([batch.stream_BSH for batch in batches]).float()
-                before_NK = _flat(teacher_side.before)[:, hidden].float() * scale
-                after_NK = _flat(teacher_side.after)[:, hidden].float() * scale
-                targets_NK = (after_NK - torch.lerp(before_NK, own_NK, FEEDBACK)) / added_scale
-                targets_NK = targets_NK.to(normed[0].dtype)
-            inputs = [batch.layer_inputs[number] for batch in batches]
+            targets = _Targets(seen, [batch.stream_BSH for batch in batches], hidden, stream_scale, added_scale)
             fit = _BranchFit(source, layer, branch, family, kept, number, walk.sizes, damping)
-            for batch, written_BSK in zip(
-                batches, fit.fitted(normed, inputs, _flat(teacher_side.normed), targets_NK), strict=True
-            ):
+            written = fit.fitted(entering, inputs, seen.entering, targets)
+            for batch, written_BSK in zip(batches, written, strict=True):
                 batch.stream_BSH = batch.stream_BSH + layerwise.behind(layer, branch, written_BSK) * added_scale
         progress(number + 1, len(kept.layers))
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What a branch of the student should write, batch by batch.
+
+    Attributes:
+        seen: what the teacher's branch did.
+        streams: the student's, before the branch.
+        hidden: int64 [K], channels that stay.
+        stream_scale: of the student's stream, as a share of the teacher's.
+        added_scale: factor on what the branch adds.
+    """
+
+    seen: _Seen
+    streams: list[Tensor]
+    hidden: Tensor
+    stream_scale: float
+    added_scale: float
+
+    def __getitem__(self, number: int) -> Tensor:
+        """[N, K] of one batch."""
+        own_NK = self.streams[number].flatten(0, 1)
+        if self.seen.written:  # a post-norm sets the scale, so only the direction counts
+            return self.seen.written[number].flatten(0, 1)[:, self.hidden]
+        before_NK, after_NK = (
+            each[number].flatten(0, 1)[:, self.hidden].float() * self.stream_scale
+            for each in (self.seen.before, self.seen.after)
+        )
+        targets_NK = (after_NK - torch.lerp(before_NK, own_NK.float(), FEEDBACK)) / self.added_scale
+        return targets_NK.to(own_NK.dtype)
 
 
 class Projection(Protocol):
@@ -108,55 +131,58 @@ class _BranchFit:
     damping: float
 
     def fitted(
-        self, normed: list[Tensor], inputs: list[dict[str, Any]], teacher_NH: Tensor, targets_NK: Tensor
-    ) -> list[Tensor]:
+        self, entering: list[Tensor], inputs: list[dict[str, Any]], teacher_entering: list[Tensor], targets: _Targets
+    ) -> Iterable[Tensor]:
         """What the fitted branch writes, [B, S, K] of each batch.
 
         Args:
-            normed: what it reads, [B, S, K] of each batch.
+            entering: the stream that its norm reads, [B, S, K] of each batch.
             inputs: what else its module is called with.
-            teacher_NH: what the teacher's branch reads.
-            targets_NK: what it should write.
+            teacher_entering: the stream that the teacher's norm reads, [B, S, H] of each batch.
+            targets: what it should write.
         """
-        layer, branch, student_NK = self.layer, self.branch, _flat(normed)
-        self._fit_reads(student_NK, teacher_NH)
+        layer, branch = self.layer, self.branch
+        mine = _Normed(layerwise.norm_of(layer, branch), entering)
+        self._fit_reads(mine, _Normed(layerwise.norm_of(self.source, branch), teacher_entering))
         if branch.experts:
-            self._fit_experts(student_NK, teacher_NH)
+            self._fit_experts(mine, _Normed(layerwise.norm_of(self.source, branch), teacher_entering))
         if branch.write is None:
-            return self._outputs(normed, inputs)
+            return self._outputs(mine, inputs)
         inner = [
             layerwise.branch_inner(layer, branch, normed_BSK, each)
-            for normed_BSK, each in zip(normed, inputs, strict=True)
+            for normed_BSK, each in zip(mine, inputs, strict=True)
         ]
-        projection, inner_NF = _projection(layer, branch.write), torch.cat([part.flatten(0, -2) for part in inner])
-        if not branch.experts:
-            _fit_write(projection, inner_NF, targets_NK, self.damping)
-            return [projection(inner_BSF) for inner_BSF in inner]
-        if branch.write_gate:
-            inner_NF = inner_NF * torch.sigmoid(layer.get_submodule(branch.write_gate)(student_NK))
+        projection, sums = _projection(layer, branch.write), _Sums()
         # A shared expert sees every token, so it makes good what the routed ones leave.
-        others_NK = _flat(self._outputs(normed, inputs)) - inner_NF @ layerwise.weight_of(projection).T
-        _fit_write(projection, inner_NF, targets_NK - others_NK, self.damping)
-        return self._outputs(normed, inputs)
+        wholes = self._outputs(mine, inputs) if branch.experts else itertools.repeat(None)
+        for place, (normed_BSK, inner_BSF, whole_BSK) in enumerate(zip(mine, inner, wholes, strict=False)):
+            inner_NF, targets_NK = inner_BSF.flatten(0, -2), targets[place]
+            if branch.experts and branch.write_gate:
+                gate = layer.get_submodule(branch.write_gate)
+                inner_NF = inner_NF * torch.sigmoid(gate(normed_BSK.flatten(0, 1)))
+            if whole_BSK is not None:
+                others_NK = whole_BSK.flatten(0, 1) - inner_NF @ layerwise.weight_of(projection).T
+                targets_NK = targets_NK - others_NK
+            sums.add(inner_NF if _bias(projection) is None else _with_ones(inner_NF), targets_NK)
+        _set(projection, sums.solver(self.damping)(sums.cross_OK, _joined(projection)))
+        return self._outputs(mine, inputs) if branch.experts else map(projection, inner)
 
-    def _outputs(self, normed: list[Tensor], inputs: list[dict[str, Any]]) -> list[Tensor]:
-        return [
-            layerwise.branch_output(self.layer, self.branch, normed_BSK, each)
-            for normed_BSK, each in zip(normed, inputs, strict=True)
-        ]
+    def _outputs(self, normed: Iterable[Tensor], inputs: list[dict[str, Any]]) -> Iterator[Tensor]:
+        for normed_BSK, each in zip(normed, inputs, strict=True):
+            yield layerwise.branch_output(self.layer, self.branch, normed_BSK, each)
 
-    def _fit_reads(self, student_NK: Tensor, teacher_NH: Tensor) -> None:
+    def _fit_reads(self, mine: _Normed, theirs: _Normed) -> None:
         """Fit q, k, v (or gate, up, router) to the teacher's outputs from the student's norm output."""
-        inputs, targets = _with_ones(student_NK), _with_ones(teacher_NH)
-        gram_KK = layerwise.gram(inputs)
-        cross_HK = hardware.matmul_float32(targets.T, inputs)
+        sums = _Sums()
+        for mine_BSK, theirs_BSH in zip(mine, theirs, strict=True):
+            sums.add(_with_ones(mine_BSK.flatten(0, 1)), _with_ones(theirs_BSH.flatten(0, 1)))
         solvers: dict[bool, repair.LeastSquares] = {}
 
         def solved(original_OH: Tensor, start_OK: Tensor, *, biased: bool) -> Tensor:
             columns = slice(None) if biased else slice(-1)
             if biased not in solvers:
-                solvers[biased] = repair.LeastSquares(gram_KK[columns, columns], damping=self.damping)
-            return solvers[biased](original_OH @ cross_HK[columns, columns], start_OK)
+                solvers[biased] = sums.solver(self.damping, columns)
+            return solvers[biased](original_OH @ sums.cross_OK[columns, columns], start_OK)
 
         for name in self.branch.reads:
             original, projection = _projection(self.source, name), _projection(self.layer, name)
@@ -165,36 +191,38 @@ class _BranchFit:
             kept_OH = weight_OH if rows is None else weight_OH[rows.to(weight_OH.device)]
             _set(projection, solved(kept_OH, _joined(projection), biased=_bias(projection) is not None))
         if self.branch.experts:
-            theirs, mine = (experts.of(layer, self.branch.experts) for layer in (self.source, self.layer))
-            name = experts.read_of(mine)
-            origin, neurons = self.kept.inner["experts"][self.number], self._neurons(name)
-            for place, (expert, rows) in enumerate(zip(origin, neurons, strict=True)):
-                kept_OH = experts.joined(theirs, name, expert)[rows]
-                fitted = solved(kept_OH, experts.joined(mine, name, place), biased=mine.has_bias)
-                experts.put(mine, name, place, fitted)
+            origin, own = (experts.of(layer, self.branch.experts) for layer in (self.source, self.layer))
+            name = experts.read_of(own)
+            numbers, neurons = self.kept.inner["experts"][self.number], self._neurons(name)
+            for place, (expert, rows) in enumerate(zip(numbers, neurons, strict=True)):
+                kept_OH = experts.joined(origin, name, expert)[rows]
+                fitted = solved(kept_OH, experts.joined(own, name, place), biased=own.has_bias)
+                experts.put(own, name, place, fitted)
 
-    def _fit_experts(self, student_NK: Tensor, teacher_NH: Tensor) -> None:
+    def _fit_experts(self, mine: _Normed, theirs: _Normed) -> None:
         """Fit each expert's write to what the teacher's makes of the tokens that the student sends there. The fewer
         these are, the stronger is the pull to the sliced weights."""
         assert self.branch.experts
-        theirs, mine = (experts.of(layer, self.branch.experts) for layer in (self.source, self.layer))
-        origin, hidden = self.kept.inner["experts"][self.number], torch.tensor(self.kept.hidden)
+        origin, own = (experts.of(layer, self.branch.experts) for layer in (self.source, self.layer))
+        numbers, hidden = self.kept.inner["experts"][self.number], torch.tensor(self.kept.hidden)
+        # An expert wants all of its tokens at once.
+        student_NK, teacher_NH = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in (mine, theirs))
 
         def fit(routed: experts.Routed) -> None:
-            expert = origin[routed.expert]
-            inner_NF = experts.inner(theirs, expert, teacher_NH[routed.tokens_N])
-            targets_NH = experts.written(theirs, expert, inner_NF)
+            expert = numbers[routed.expert]
+            inner_NF = experts.inner(origin, expert, teacher_NH[routed.tokens_N])
+            targets_NH = experts.written(origin, expert, inner_NF)
             weight_N1 = routed.weight_N[:, None].to(targets_NH.dtype)
-            inputs_NF = routed.inner_NF if not mine.has_bias else _with_ones(routed.inner_NF)
+            inputs_NF = routed.inner_NF if not own.has_bias else _with_ones(routed.inner_NF)
             inputs_NF = inputs_NF * weight_N1
             targets_NK = targets_NH[:, hidden.to(targets_NH.device)] * weight_N1
             damping = self.damping * (1 + inputs_NF.shape[1] / len(inputs_NF))
             solve = repair.LeastSquares(layerwise.gram(inputs_NF), damping=damping)
             cross_KF = hardware.matmul_float32(targets_NK.T, inputs_NF)
-            start_KF = experts.joined(mine, experts.WRITE, routed.expert)
-            experts.put(mine, experts.WRITE, routed.expert, solve(cross_KF, start_KF))
+            start_KF = experts.joined(own, experts.WRITE, routed.expert)
+            experts.put(own, experts.WRITE, routed.expert, solve(cross_KF, start_KF))
 
-        with experts.observed(mine, fit):
+        with experts.observed(own, fit):
             self.layer.get_submodule(self.branch.module)(student_NK[None])
 
     def _neurons(self, name: str) -> Tensor:
@@ -206,21 +234,58 @@ class _BranchFit:
         return index
 
 
-@dataclass
-class _Seen:
-    """What the teacher computed in one branch, a tensor per batch.
+@dataclass(frozen=True)
+class _Normed:
+    """What a norm makes of each batch's stream, [B, S, H]; computed anew each time, which is cheaper than to keep."""
+
+    norm: nn.Module
+    streams: list[Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.norm, self.streams)
+
+
+class _Sums:
+    """Of inputs and targets, batch by batch.
 
     Attributes:
-        before: the stream before the branch, [B, S, H].
-        normed: the norm's output.
-        written: what the branch makes of it, before a post-norm.
-        after: the stream behind the branch; behind the last one of a layer, also behind dropped layers that follow.
+        gram_KK: float32, XᵀX.
+        cross_OK: float32, TᵀX.
     """
 
+    gram_KK: Tensor
+    cross_OK: Tensor
+
+    def __init__(self) -> None:
+        self.empty = True
+
+    def add(self, inputs_NK: Tensor, targets_NO: Tensor) -> None:
+        gram_KK, cross_OK = layerwise.gram(inputs_NK), hardware.matmul_float32(targets_NO.T, inputs_NK)
+        if self.empty:
+            self.gram_KK, self.cross_OK, self.empty = gram_KK, cross_OK, False
+        else:
+            self.gram_KK += gram_KK
+            self.cross_OK += cross_OK
+
+    def solver(self, damping: float, columns: slice = slice(None)) -> repair.LeastSquares:
+        return repair.LeastSquares(self.gram_KK[columns, columns], damping=damping)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the teacher computed in one branch, [B, S, H] of each batch.
+
+    Attributes:
+        entering: the stream that its norm reads.
+        before: the stream before the branch.
+        after: the stream behind the branch; behind the last one of a layer, also behind dropped layers that follow.
+        written: what the branch writes, where a post-norm follows; else empty.
+    """
+
+    entering: list[Tensor]
     before: list[Tensor]
-    normed: list[Tensor]
-    written: list[Tensor]
     after: list[Tensor]
+    written: list[Tensor]
 
 
 class _TeacherWalk:
@@ -233,49 +298,35 @@ class _TeacherWalk:
         self.sizes = family.architecture(teacher.config)
         self.done = 0
 
-    def next_layer(self, number: int) -> tuple[nn.Module, dict[str, _Seen]]:
-        """Run the layer that student layer `number` came from, and those dropped before and behind it."""
+    def branches(self, number: int) -> Iterator[tuple[Branch, nn.Module, _Seen]]:
+        """Run the layer that student layer `number` came from, branch by branch, and those dropped before and behind
+        it. Yields each branch with the layer, when it has run."""
         self._skip_to(self.kept.layers[number])
-        layer, seen = self.layers[self.done], {}
-        entering: list[Tensor] = []
+        layer, inputs = self.layers[self.done], [batch.layer_inputs[self.done] for batch in self.batches]
         branches = layerwise.branches_of(layer, self.family)
+        entering: list[Tensor] = []
         for branch in branches:
-            seen[branch.name] = _Seen([], [], [], [])
+            before, written = [batch.stream_BSH for batch in self.batches], []
             if not branch.beside:
-                entering = [batch.stream_BSH for batch in self.batches]
+                entering = before
             scale = layerwise.added_scale(self.config, self.family, branch)
-            for batch, entering_BSH in zip(self.batches, entering, strict=True):
-                seen[branch.name].before.append(batch.stream_BSH)
-                normed_BSH = layerwise.norm_of(layer, branch)(entering_BSH)
-                written_BSH = layerwise.branch_output(layer, branch, normed_BSH, batch.layer_inputs[self.done])
+            normed = _Normed(layerwise.norm_of(layer, branch), entering)
+            for batch, normed_BSH, each in zip(self.batches, normed, inputs, strict=True):
+                written_BSH = layerwise.branch_output(layer, branch, normed_BSH, each)
                 batch.stream_BSH = batch.stream_BSH + layerwise.behind(layer, branch, written_BSH) * scale
-                seen[branch.name].normed.append(normed_BSH)
-                seen[branch.name].written.append(written_BSH)
-                seen[branch.name].after.append(batch.stream_BSH)
-        self.done += 1
-        last = number + 1 == len(self.kept.layers)
-        self._skip_to(len(self.layers) if last else self.kept.layers[number + 1])
-        seen[branches[-1].name].after = [batch.stream_BSH for batch in self.batches]
-        return layer, seen
+                if branch.post_norm:
+                    written.append(written_BSH)
+            if branch is branches[-1]:
+                self.done += 1
+                last = number + 1 == len(self.kept.layers)
+                self._skip_to(len(self.layers) if last else self.kept.layers[number + 1])
+            yield branch, layer, _Seen(entering, before, [batch.stream_BSH for batch in self.batches], written)
 
     def _skip_to(self, layer: int) -> None:
         for index in range(self.done, layer):
             for batch in self.batches:
                 batch.stream_BSH = layerwise.run_layer(self.layers[index], batch.stream_BSH, batch.layer_inputs[index])
         self.done = layer
-
-
-def _fit_write(projection: Projection, inner_NK: Tensor, targets_NO: Tensor, damping: float) -> None:
-    """Fit o_proj (or down_proj) to what should be added to the student's stream."""
-    inputs = inner_NK if _bias(projection) is None else _with_ones(inner_NK)
-    cross_OK = hardware.matmul_float32(targets_NO.T, inputs)
-    solve = repair.LeastSquares(layerwise.gram(inputs), damping=damping)
-    _set(projection, solve(cross_OK, _joined(projection)))
-
-
-def _flat(parts_BSH: list[Tensor]) -> Tensor:
-    """[N, H] of all batches."""
-    return torch.cat([part.flatten(0, 1) for part in parts_BSH])
 
 
 def _with_ones(x_ND: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class LeastSquares:
 
     def __init__(self, gram_KK: Tensor, *, damping: float = DAMPING) -> None:
         self.ridge = damping * gram_KK.diagonal().mean().double()
-        left = gram_KK.double() + self.ridge * torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
+        left = gram_KK.to(torch.float64, copy=True)
+        left.diagonal().add_(self.ridge)
         self.factor, failed = torch.linalg.cholesky_ex(left)
         if failed:
             raise ValueError("the Gram matrix is not positive definite; the calibration text is degenerate")
