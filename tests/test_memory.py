@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, tiny_model
+from conftest import KINDS, for_each_kind, tiny_model
 
 from prunus import hardware, memory
 from prunus.distill import distill
@@ -157,6 +157,14 @@ def test_text_for_the_repair_that_would_fit_is_said(checkpoint):
         memory.check_repair(checkpoint, target, **REPAIR, free=math.ceil(half / memory.ROOM))
     with pytest.raises(DoesNotFit, match=r"This would fit: prune\.repair=false"):
         memory.check_repair(checkpoint, target, **REPAIR, free=sum(parts.values()) - parts["streams"])
+
+
+@for_each_kind
+def test_the_memory_of_a_repair_is_known_of_every_family(teacher):
+    few, many = (memory.repair(teacher, teacher.architecture, blocks=count, block_size=64) for count in (64, 128))
+    assert many.pop("streams") == pytest.approx(2 * few.pop("streams"), abs=1)
+    assert many == few
+    assert min(few.values()) > 0
 
 
 def test_a_repair_that_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):

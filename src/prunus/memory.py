@@ -259,7 +259,9 @@ def repair(teacher: Checkpoint, student: Architecture, *, blocks: int, block_siz
         # built from a copy of its weights as stored
         "student": (itemsize + teacher.dtype.itemsize) * cost.parameters(family, layout, student),
         "streams": int(holes * blocks * block_size * (itemsize * streams + 2 * called_with)),
-        "a batch": int(holes * 4 * 4 * widest * min(blocks, refit.BATCH_BLOCKS) * block_size),
+        # four values in float32, as wide as an FFN: gate, up, their product, and its copy for the sums
+        "a batch": int(holes * 16 * widest * min(blocks, refit.BATCH_BLOCKS) * block_size),
+        # a product and its sum in float32, the equation and its factor in float64
         "products": 24 * widest * (widest + hidden),
     }
 

@@ -133,12 +133,14 @@ def prune(
         DoesNotFit: the repair would take more memory than is free; says how much text would do.
     """
     hardware.keep_freed_memory()
+    if target == teacher.architecture:
+        calibration = None  # nothing is lost
     if calibration is not None:
         block_size = calibration.batch([0])[0].shape[-1]
         memory.check_repair(teacher, target, blocks=len(calibration), block_size=block_size)
     student = cut(teacher, scores, target, norm_correction=norm_correction, head_residuals=head_residuals)
     tensors: Mapping[str, Tensor | Parts] = student.tensors
-    if calibration is not None and target != teacher.architecture:
+    if calibration is not None:
         model = repaired(teacher, student, calibration, damping=damping, progress=progress)
         state = model.state_dict()
         tensors = {name: state[name].to("cpu", dtype=tensor.dtype) for name, tensor in student.tensors.items()}
