@@ -205,7 +205,7 @@ def main() -> None:
     laboratory = Laboratory(options)
     scored = tasks(options.tasks) if options.tasks else {}
     teacher = laboratory.rows / "teacher.json"
-    if not teacher.exists():
+    if not teacher.exists() or (scored and not json.loads(teacher.read_text())["tasks"]):
         write(teacher, teacher_row(laboratory, scored, options.limit))
     for share in options.shares.split(","):
         bench = laboratory.bench(float(share))

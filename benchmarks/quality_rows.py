@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/quality_rows.py FOLDER
 
-FOLDER holds teacher.json and, for each size, a folder of row-*.json; those of docs/quality.md lie in benchmarks/rows.
+FOLDER is quality.py's --rows (or --to): teacher.json and, for each size, a folder of row-*.json.
 """
 
 import json

@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import add_tokenizer, make_text, small_flags
 from test_recipe import RECIPES
 from transformers import AutoModelForCausalLM
 
-from prunus import recipe
+from prunus import hardware, recipe
 from prunus.run import Run
 
 COMMANDS = ("compress", "inspect", "plan", "measure", "score", "search", "prune", "distill", "evaluate", "report")
@@ -72,6 +73,16 @@ def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):
     refused = invoke("plan", str(whole_model), *options, "--gpus", "1", "--gigabytes", "0.0001")
     assert refused.exit_code == 2
     assert "This would fit" in refused.stderr or "Use shorter blocks" in refused.stderr
+
+
+def test_a_plan_for_gpus_does_not_depend_on_this_machine(invoke, whole_model, corpus, tmp_path, monkeypatch):
+    options = [*small_flags(corpus, tmp_path / "run"), "--gpus", "2", "--json"]
+    plans = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(hardware, "compute_dtype", lambda dtype=dtype: dtype)
+        plans.append(as_json(invoke("plan", str(whole_model), *options)))
+    assert plans[0] == plans[1]
+    assert plans[0]["repair_memory_bytes"] > 0
 
 
 @pytest.mark.parametrize("budget", [("--params", "0.7x"), ("--memory", "0.8x"), ("--arch", "ffn=20,layers=3")])

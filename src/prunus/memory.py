@@ -239,15 +239,22 @@ def total(need: Training) -> int:
     return sum(peak(need).values())
 
 
-def repair(teacher: Checkpoint, student: Architecture, *, blocks: int, block_size: int) -> dict[str, int]:
+def repair(
+    teacher: Checkpoint, student: Architecture, *, blocks: int, block_size: int, device: str | None = None
+) -> dict[str, int]:
     """Bytes of each part while a cut student is repaired (see `refit.repair_layers`).
 
     Of all tokens there are both models' streams, before and behind a branch, what its last projection reads, and what
     layers are called with: a mask of a byte for each key, and rotary tables. Of one batch there is what that is made
     from; of a projection's inputs, the widest, their products in float32 and float64.
+
+    Args:
+        device: "cpu" or "cuda", which need not be here (default: this machine's).
     """
-    family, layout, device = teacher.family, teacher.layout, hardware.device()
-    itemsize, holes = hardware.fast_dtype(teacher.dtype).itemsize, HOLES[device.type]
+    family, layout, here = teacher.family, teacher.layout, hardware.device().type
+    device = device or here
+    dtype, holes = hardware.fast_dtype(teacher.dtype) if device == here else teacher.dtype, HOLES[device]
+    itemsize, stored = dtype.itemsize, teacher.dtype.itemsize
     hidden, whole = student.hidden, teacher.architecture.hidden
     widest = max((_written_from(branch, family, student) for branch in family.branches if branch.write), default=hidden)
     streams = 2 * hidden + (3 if any(branch.post_norm for branch in family.branches) else 2) * whole + widest
@@ -256,8 +263,8 @@ def repair(teacher: Checkpoint, student: Architecture, *, blocks: int, block_siz
     called_with = block_size + 2 * itemsize * student.get("head_dim", 0)
     return {
         "teacher": itemsize * teacher.parameters,
-        # built from a copy of its weights as stored
-        "student": (itemsize + teacher.dtype.itemsize) * cost.parameters(family, layout, student),
+        # built on the CPU from a copy of its weights as stored
+        "student": (itemsize + (stored if device == "cpu" else 0)) * cost.parameters(family, layout, student),
         "streams": int(holes * blocks * block_size * (itemsize * streams + 2 * called_with)),
         # four values in float32, as wide as an FFN: gate, up, their product, and its copy for the sums
         "a batch": int(holes * 16 * widest * min(blocks, refit.BATCH_BLOCKS) * block_size),
@@ -267,19 +274,27 @@ def repair(teacher: Checkpoint, student: Architecture, *, blocks: int, block_siz
 
 
 def check_repair(
-    teacher: Checkpoint, student: Architecture, *, blocks: int, block_size: int, free: int | None = None
+    teacher: Checkpoint,
+    student: Architecture,
+    *,
+    blocks: int,
+    block_size: int,
+    device: str | None = None,
+    free: int | None = None,
 ) -> None:
     """
+    Args:
+        device: see `repair`.
+        free: bytes (default: what is free now).
     Raises:
         DoesNotFit: says how much text would.
     """
     free = int(ROOM * (hardware.free_memory() if free is None else free))
-    parts = repair(teacher, student, blocks=blocks, block_size=block_size)
+    parts = repair(teacher, student, blocks=blocks, block_size=block_size, device=device)
     if sum(parts.values()) <= free:
         return
-    one = repair(teacher, student, blocks=1, block_size=block_size)
-    per_block = (parts["streams"] - one["streams"]) // max(blocks - 1, 1)
-    fitting = block_size * ((free - sum(parts.values()) + parts["streams"]) // max(per_block, 1))
+    for_text = free - sum(parts.values()) + parts["streams"]
+    fitting = blocks * block_size * for_text // parts["streams"]
     advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_REPAIR_TOKENS else "prune.repair=false"
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     raise DoesNotFit(

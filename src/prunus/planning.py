@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -33,15 +34,21 @@ class Machine:
         gpus: ranks over which the training is sharded.
         flops: GEMM rate of one of them, per second.
         memory: bytes that each has free.
+        device: "cuda" or "cpu".
+        dtype: in which it trains.
     """
 
     gpus: int
     flops: float
     memory: int
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
 
 
 def this_machine() -> Machine:
-    return Machine(1, hardware.matmul_flops_per_second(hardware.compute_dtype()), hardware.free_memory())
+    dtype = hardware.compute_dtype()
+    rate = hardware.matmul_flops_per_second(dtype)
+    return Machine(1, rate, hardware.free_memory(), hardware.device().type, dtype)
 
 
 def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def _memory(
         untrained=untrained,
         teacher_parameters=teacher.parameters,
         block_size=recipe.data.block_size,
-        itemsize=hardware.compute_dtype().itemsize,
+        itemsize=machine.dtype.itemsize,
         live_teacher=options.teacher_cache is None,
         gradient_checkpointing=options.gradient_checkpointing,
         ranks=machine.gpus,
@@ -132,9 +139,12 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
     if not recipe.prune.repair or target == teacher.architecture:
         return 0
     block_size = recipe.data.block_size
-    text = {"blocks": recipe.prune.tokens // block_size, "block_size": block_size}
-    memory.check_repair(teacher, target, **text, free=machine.memory)
-    return sum(memory.repair(teacher, target, **text).values())
+    blocks = max(1, recipe.prune.tokens // block_size)
+    memory.check_repair(
+        teacher, target, blocks=blocks, block_size=block_size, device=machine.device, free=machine.memory
+    )
+    parts = memory.repair(teacher, target, blocks=blocks, block_size=block_size, device=machine.device)
+    return sum(parts.values())
 
 
 def seconds(
