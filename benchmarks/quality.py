@@ -17,7 +17,7 @@ import copy
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,22 @@ import prunus as pr
 from prunus import hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import from_config
-from prunus.evaluate import qualities
 from prunus.files import atomic_file
+from prunus.head import head_of
 from prunus.masters import Masters
 from prunus.measure import load_statistics, save_statistics
 from prunus.prune import cut, repaired
 from prunus.schedule import Settings, learning_rate, plan
 from prunus.step import Losses, accumulate
 from prunus.tasks import LocalTask, run_tasks
-from prunus.teacher import Cache, describe, write_cache
-from prunus.text import Blocks
+from prunus.teacher import Cache, Live, describe, write_cache
+from prunus.text import Blocks, targets
 
 MICRO_BLOCKS = 2
+ROWS_OF_LOGITS = 256
 SCORING_TOKENS, CALIBRATION_TOKENS = 32768, 131072
 """What Prunus measures and what it repairs on, by default; every method that fits something may use all of it."""
-VALIDATION_TOKENS, HELDOUT_TOKENS = 16384, 24576
+VALIDATION_TOKENS, HELDOUT_TOKENS = 16384, 16384
 OURS, RANDOM_INIT = "Prunus", "random init, the shape of Prunus"
 Judged = dict[str, dict[str, float]]
 """Held-out text → perplexity, kl."""
@@ -75,28 +76,20 @@ class Laboratory:
         self.scoring, self.validation = calibration.head(border), calibration.select(range(border, end))
         self.calibration = calibration.select([*range(border), *range(end, len(calibration))])
         self.heldout = {Path(file).name: self._text(Path(file).name, file, HELDOUT_TOKENS) for file in options.heldout}
-        self.judge = self.teacher.module(hardware.compute_dtype(), hardware.device())
         self.rates = [float(rate) for rate in options.rates.split(",")] if options.rates else [None]
 
     def _text(self, name: str, file: str, tokens: int) -> Blocks:
         return tokenised(file, self.teacher, tokens, self.folder / "text" / name)
 
-    def cache(self) -> Cache:
-        """The teacher's states on the training text."""
-        to = self.folder / "cache"
-        return write_cache(self.teacher, self.train, describe(self.teacher, self.train, kind="hidden"), to=to)
+    def cache(self, name: str, blocks: Blocks) -> Cache:
+        """The teacher's states on a text."""
+        to = self.folder / "cache" / name
+        return write_cache(self.teacher, blocks, describe(self.teacher, blocks, kind="hidden"), to=to)
 
-    def judged(self, models: Sequence[PreTrainedModel]) -> list[Judged]:
-        """Of each model, in the training dtype: perplexity and divergence on each held-out text."""
-        named = {str(number): model for number, model in enumerate(models)}
-        found = {name: qualities(named, blocks, teacher=self.judge) for name, blocks in self.heldout.items()}
-        return [
-            {
-                name: {"perplexity": each[key].perplexity, "kl": each[key].kl_to_teacher or 0.0}
-                for name, each in found.items()
-            }
-            for key in named
-        ]
+    def judged(self, model: PreTrainedModel) -> Judged:
+        """In the training dtype: perplexity and divergence on each held-out text."""
+        model = hardware.place(model, dtype=hardware.compute_dtype()).eval()
+        return {name: compared(model, self.cache(name, blocks), blocks) for name, blocks in self.heldout.items()}
 
     def bench(self, share: float) -> Bench:
         """One size: Prunus's search is part of it."""
@@ -131,6 +124,25 @@ def random_init(bench: Bench) -> PreTrainedModel:
     return from_config(cut(bench.teacher, pr.score(bench.statistics), bench.shape).config, torch.float32)
 
 
+def compared(model: PreTrainedModel, teacher: Cache, blocks: Blocks) -> dict[str, float]:
+    """Perplexity, and divergence from the teacher's cached states: it need not run again for every model."""
+    nll = kl = counted = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(blocks), MICRO_BLOCKS):
+            indices = range(start, min(start + MICRO_BLOCKS, len(blocks)))
+            tokens_BS, _ = batch = [part.to(model.device) for part in blocks.batch(indices)]
+            valid_N = targets(*batch).flatten()
+            theirs, hidden_NH = teacher.targets(indices, *batch), Live(model)(*batch).flatten(0, 1)
+            follows_N = tokens_BS.roll(-1, dims=1).flatten()
+            for at_R in valid_N.nonzero().flatten().split(ROWS_OF_LOGITS):
+                log_p_RV = head_of(model).logits(hidden_NH[at_R]).log_softmax(-1)
+                log_q_RV = theirs.head.logits(theirs.hidden_NE[at_R]).log_softmax(-1)
+                nll -= log_p_RV.gather(1, follows_N[at_R, None]).sum(dtype=torch.float64).item()
+                kl += torch.linalg.vecdot(log_q_RV.exp(), log_q_RV - log_p_RV).sum(dtype=torch.float64).item()
+                counted += len(at_R)
+    return {"perplexity": torch.tensor(nll / counted).exp().item(), "kl": kl / counted}
+
+
 ROWS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {**METHODS, OURS: prunus, RANDOM_INIT: random_init}
 
 
@@ -156,8 +168,9 @@ def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, 
     result = {"method": method, "parameters": count(model), "seconds": time.monotonic() - started}
     result |= {"threads": torch.get_num_threads(), "dtype": str(hardware.compute_dtype())}
     result["tokens"] = laboratory.train.num_tokens
-    students = [trained(model, laboratory.cache(), laboratory.train, rate) for rate in laboratory.rates]
-    before, *after = laboratory.judged([hardware.place(model, dtype=hardware.compute_dtype()).eval(), *students])
+    teacher = laboratory.cache("train", laboratory.train)
+    students = [trained(model, teacher, laboratory.train, rate) for rate in laboratory.rates]
+    before, after = laboratory.judged(model), [laboratory.judged(student) for student in students]
     best = min(range(len(students)), key=lambda number: mean_kl(after[number]))
     result |= {"before": before, "after": after[best], "rate": laboratory.rates[best]}
     result["tasks"] = accuracies(students[best], laboratory, scored, limit)
@@ -165,9 +178,9 @@ def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, 
 
 
 def teacher_row(laboratory: Laboratory, scored: Mapping[str, LocalTask], limit: int | None) -> dict:
-    (before,) = laboratory.judged([laboratory.judge])
-    found = accuracies(laboratory.judge, laboratory, scored, limit)
-    return {"method": "teacher", "parameters": count(laboratory.judge), "before": before, "tasks": found}
+    model = laboratory.teacher.module(hardware.compute_dtype(), hardware.device())
+    found = accuracies(model, laboratory, scored, limit)
+    return {"method": "teacher", "parameters": count(model), "before": laboratory.judged(model), "tasks": found}
 
 
 def accuracies(
