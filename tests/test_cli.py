@@ -95,6 +95,14 @@ def test_plan_writes_nothing(invoke, whole_model, corpus, tmp_path, budget):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_needs_no_folder(invoke, whole_model, corpus):
+    options = [str(whole_model), "--params", "0.7x", "--data", str(corpus), "--tokens", "1k"]
+    plan = as_json(invoke("plan", *options, "--json"))
+    assert all(file.startswith("RUN/") for file in plan["writes"])
+    refused = invoke("compress", *options)
+    assert (refused.exit_code, "to is missing" in refused.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("stage", ["measure", "score", "search", "prune"])
 def test_stages_alone(invoke, whole_model, corpus, tmp_path, stage):
     found = as_json(invoke(stage, str(whole_model), *small_flags(corpus, tmp_path / "run"), "--json"))

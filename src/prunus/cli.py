@@ -55,8 +55,10 @@ Redo = Annotated[bool, typer.Option("--redo", help="Do stages again that a chang
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) -> Any:
-    """The recipe of a file, a run folder, or flags alone; flags override it."""
+def _recipe(
+    source: str, changes: dict[str, Any], settings: list[str] | None, defaults: dict[str, Any] | None = None
+) -> Any:
+    """The recipe of a file, a run folder, or flags alone; flags override it, and it overrides the defaults."""
     from prunus import recipe
     from prunus.budget import LIMITS
     from prunus.run import is_run
@@ -65,7 +67,7 @@ def _recipe(source: str, changes: dict[str, Any], settings: list[str] | None) ->
     file = path / "recipe.yaml" if is_run(path) else path if path.suffix in (".yaml", ".yml") else None
     if file is not None and not file.is_file():
         raise BadRecipe(f"{file}: no such recipe")
-    values = {"model": source} if file is None else recipe.read_yaml(file)
+    values = (defaults or {}) | ({"model": source} if file is None else recipe.read_yaml(file))
     changes |= _settings(settings)
     budgets = (*LIMITS, "arch")
     # On the command line a budget replaces the recipe's, of whatever kind.
@@ -213,7 +215,8 @@ def plan(
         "to": to and str(to),
     }
     machine = None if gpus is None else planning.Machine(gpus, tflops * 1e12, int(gigabytes * 1e9))
-    result = planning.plan(_recipe(source, changes, settings), machine)
+    recipe = _recipe(source, changes, settings, {"to": "RUN"})  # nothing is written, so no folder need be named
+    result = planning.plan(recipe, machine)
     typer.echo(json.dumps(result)) if as_json else planning.show(result)
 
 
