@@ -1,21 +1,24 @@
 """Minitron's recipe on T tokens beside Prunus's defaults on T/2, and beside random weights on many times as many.
 
 Usage: python benchmarks/half_the_tokens.py MODEL --train TEXT --heldout FILE [--tokens 250k] [--shares 0.75,0.6,0.5]
-       [--beside FILE] [--seeds 1] [--from-scratch 40] --to FOLDER
+       [--beside FILE] [--seeds 1] [--from-scratch 40] --to FOLDER [--rows FOLDER]
 
 Both recipes search, cut and train by themselves (`recipes/minitron.yaml`, and no recipe at all), on the same text, with
 as much of it for the scores, and are measured on the same held-out text. Further seeds of the first share take the
 shape that the first seed found; they draw other calibration text and another order. --from-scratch N trains the shape
 that Prunus found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. --beside FILE
-measures the students on other text too. Runs lie in FOLDER and are not made again.
+measures the students on other text too. Runs lie in --to, what they measured in --rows (or there too); neither is made
+again.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rows import conditions, kept
 from texts import tokenised
 
 import prunus as pr
@@ -30,8 +33,12 @@ FROM_SCRATCH_RATE = 1e-3
 SCORING_TOKENS, HELDOUT_TOKENS, BESIDE_TOKENS = 32768, 49152, 16384
 
 
-def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes: Any) -> dict[str, dict[str, float]]:
-    """What a run measured of each model, by its key."""
+def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The row of a run: its architecture, and what it measured of each model, by its key."""
+    return kept(options.rows / f"{name}.json", lambda: measured(options, name, base, **changes))
+
+
+def measured(options: argparse.Namespace, name: str, base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     changes = {key.replace("__", "."): value for key, value in changes.items()} | {
         "model": options.model,
         "to": str(options.to / name),
@@ -41,8 +48,13 @@ def run(options: argparse.Namespace, name: str, base: dict[str, Any], **changes:
         "measure.tokens": SCORING_TOKENS,
         "evaluate.speed": False,
     }
+    started = time.monotonic()
     made = pr.compress(recipes.parse(recipes.override(base, changes), source=name))
-    return {model["key"]: model for model in json.loads((made.root / "5-evaluation.json").read_text())["models"]}
+    found = json.loads((made.root / "5-evaluation.json").read_text())
+    row = conditions() | {"tokens": changes["distill.tokens"], "seconds": time.monotonic() - started}
+    row |= {model["key"]: model for model in found["models"]}
+    row["architecture"] = str(pr.load(str(made.path("distill"))).architecture)
+    return row | ({"beside": beside(options, name)} if options.beside else {})
 
 
 def beside(options: argparse.Namespace, name: str) -> dict[str, float | None]:
@@ -69,7 +81,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="for the first share")
     parser.add_argument("--from-scratch", type=int, default=0)
     parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
+    options.rows = options.rows or options.to
     tokens = int(options.tokens)
     recipe = {"Minitron": (recipes.read_yaml(MINITRON), tokens), "Prunus": ({}, tokens // 2)}
     for place, share in enumerate(options.shares.split(",")):
@@ -77,27 +91,31 @@ def main() -> None:
             for name, (base, budget) in recipe.items():
                 changes: dict[str, Any] = {"distill__tokens": budget, "distill__seed": seed}
                 if seed:
-                    first = pr.load(str(options.to / f"{share}-{name}-0" / "3-pruned"))
-                    base, changes = base | {"params": None}, changes | {"arch": str(first.architecture)}
+                    first = json.loads((options.rows / f"{share}-{name}-0.json").read_text())
+                    base, changes = base | {"params": None}, changes | {"arch": first["architecture"]}
                 else:
                     changes["params"] = f"{share}x"
                 found = run(options, f"{share}-{name}-{seed}", base, **changes)
                 show("teacher", found["teacher"])
                 show(f"{share}x, seed {seed}: {name}, {budget:,} tokens", found["distilled"])
-                if options.beside:
-                    show(f"… on {options.beside}", beside(options, f"{share}-{name}-{seed}"))
+                if "beside" in found:
+                    show(f"… on {options.beside}", found["beside"])
     if options.from_scratch:
         share, few = options.shares.split(",")[0], tokens // 10
         ours = run(options, f"{share}-few", {}, params=f"{share}x", distill__tokens=few)
-        student = pr.load(str(options.to / f"{share}-few" / "3-pruned"))
-        scratch = from_scratch(options, student, few * options.from_scratch)
+        row = options.rows / f"{share}-from-scratch.json"
+        scratch = kept(row, lambda: from_scratch(options, f"{share}-few", few * options.from_scratch))
         show(f"{share}x: Prunus, {few:,} tokens", ours["distilled"])
-        print(f"{share}x: random weights, {few * options.from_scratch:,} tokens: perplexity {scratch:.2f}", flush=True)
+        print(
+            f"{share}x: random weights, {scratch['tokens']:,} tokens: perplexity {scratch['perplexity']:.2f}",
+            flush=True,
+        )
 
 
-def from_scratch(options: argparse.Namespace, student: pr.Checkpoint, tokens: int) -> float:
-    """Perplexity of the shape that learnt from the same teacher, from random weights."""
+def from_scratch(options: argparse.Namespace, name: str, tokens: int) -> dict[str, Any]:
+    """Perplexity of a run's shape that learnt from the same teacher, from random weights."""
     teacher, folder = pr.load(options.model), options.to / "from-scratch"
+    student, started = pr.load(str(options.to / name / "3-pruned")), time.monotonic()
     if not (folder / "model").exists():
         blocks = tokenised(options.train, teacher, tokens, folder / "text")
         settings = pr.Settings(tokens=tokens, learning_rate=FROM_SCRATCH_RATE)
@@ -105,7 +123,8 @@ def from_scratch(options: argparse.Namespace, student: pr.Checkpoint, tokens: in
     heldout = load_blocks(student.folder.parent / "0-text" / "heldout")
     third = len(heldout) // 3  # what the run searched with
     test = heldout.select(range(third, len(heldout)))
-    return pr.quality(pr.load(str(folder / "model")).module(hardware.compute_dtype()), test).perplexity
+    perplexity = pr.quality(pr.load(str(folder / "model")).module(hardware.compute_dtype()), test).perplexity
+    return conditions() | {"tokens": tokens, "seconds": time.monotonic() - started, "perplexity": perplexity}
 
 
 if __name__ == "__main__":

@@ -1,31 +1,35 @@
 """Successive halving beside all candidates trained in full: does it pick the best, what does it cost, what tells early?
 
 Usage: python benchmarks/halving.py MODEL --train TEXT --heldout FILE [--share 0.7] [--candidates 12] [--tokens 100k]
-       [--seeds 3] --to FOLDER
+       [--seeds 3] --to FOLDER [--rows FOLDER]
 
 Candidates are those of the search, cut and repaired. Each is distilled on all tokens from one cache of samples of the
 teacher; the best with several seeds, which tells how far two trainings of the same differ by chance. Then they play a
-tournament on the same text. Kendall's τ with the order after full training is given for every earlier order. Trainings
-lie in FOLDER and are not made again.
+tournament on the same text. Kendall's τ with the order after full training is given for every earlier order. Students
+lie in --to, what was measured in --rows (or there too); neither is made again.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from rows import conditions, kept
 from texts import BLOCK_SIZE, tokenised
 
 import prunus as pr
 from prunus import hardware
+from prunus.architecture import parse
 from prunus.budget import parse_quantity
 from prunus.checkpoint import load
 from prunus.prune import build, cut
 from prunus.schedule import Settings
-from prunus.search import Candidate
 from prunus.teacher import Cache, describe, write_cache
 from prunus.tournament import rounds, tournament
 
@@ -44,6 +48,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder: Path = options.to
+        self.rows: Path = options.rows or options.to
         self.teacher = pr.load(options.model)
         tokens = int(options.tokens)
         most = tokens + CALIBRATION_BLOCKS * BLOCK_SIZE
@@ -54,39 +59,74 @@ class Bench:
         self.train = text.select(range(CALIBRATION_BLOCKS, len(text)))
         border = VALIDATION_TOKENS // BLOCK_SIZE
         self.validation, self.test = heldout.head(border), heldout.select(range(border, len(heldout)))
-        self.scores = pr.score(pr.measure(self.teacher, self.calibration))
-        budget = pr.parse_budget(self.teacher, params=f"{options.share}x")
+        self.share, self.most = options.share, options.candidates
+        self.candidates: dict[str, dict[str, float]] = kept(self.rows / "candidates.json", self.searched)
+
+    @functools.cached_property
+    def scores(self) -> pr.Scores:
+        return pr.score(pr.measure(self.teacher, self.calibration))
+
+    def searched(self) -> dict[str, dict[str, float]]:
+        """Of each candidate what is known before any training: the predicted damage, and held-out losses."""
+        budget = pr.parse_budget(self.teacher, params=f"{self.share}x")
         found = pr.search(
             self.teacher,
             self.scores,
             budget,
             calibration=self.calibration,
             heldout=self.validation,
-            candidates=options.candidates,
+            candidates=self.most,
         )
-        self.candidates = [candidate for candidate in found.candidates if candidate.measured]
+        return {
+            str(candidate.architecture): {
+                "predicted": candidate.predicted_damage,
+                "before the repair": self.sliced(candidate.architecture),
+                "after the repair": candidate.measured.loss,
+            }
+            for candidate in found.candidates
+            if candidate.measured
+        }
+
+    @torch.no_grad()
+    def sliced(self, architecture: pr.Architecture) -> float:
+        """Held-out loss before the repair."""
+        model = build(cut(self.teacher, self.scores, architecture), hardware.compute_dtype())
+        return pr.quality(hardware.place(model, device=hardware.device()), self.validation).loss
 
     def cache(self) -> Cache:
         return write_cache(self.teacher, self.train, describe(self.teacher, self.train), to=self.folder / "cache")
 
-    def student(self, candidate: Candidate) -> pr.Checkpoint:
-        to = self.folder / "students" / str(candidate.architecture)
+    def student(self, name: str) -> pr.Checkpoint:
+        to = self.folder / "students" / name
         if to.is_dir():
             return load(to)
-        return pr.prune(self.teacher, self.scores, candidate.architecture, to=to, calibration=self.calibration)
+        architecture = parse(name, self.teacher.architecture)
+        return pr.prune(self.teacher, self.scores, architecture, to=to, calibration=self.calibration)
 
-    def sliced(self, candidate: Candidate) -> float:
-        """Held-out loss before the repair."""
-        model = build(cut(self.teacher, self.scores, candidate.architecture), hardware.compute_dtype())
-        return pr.quality(hardware.place(model, device=hardware.device()), self.validation).loss
-
-    def trained(self, candidate: Candidate, seed: int) -> float:
+    def trained(self, name: str, seed: int) -> float:
         """Test loss after all tokens."""
-        to = self.folder / "trained" / f"{candidate.architecture}-{seed}"
+        return kept(self.rows / f"{name}-{seed}.json", lambda: self._trained(name, seed))["loss"]
+
+    def _trained(self, name: str, seed: int) -> dict[str, Any]:
+        to, started = self.folder / "trained" / f"{name}-{seed}", time.monotonic()
         if not to.is_dir():
             settings = Settings(tokens=self.train.num_tokens, seed=seed)
-            pr.distill(self.student(candidate), self.cache(), self.train, to=to, settings=settings)
-        return pr.quality(load(to).module(hardware.compute_dtype(), hardware.device()), self.test).loss
+            pr.distill(self.student(name), self.cache(), self.train, to=to, settings=settings)
+        loss = pr.quality(load(to).module(hardware.compute_dtype(), hardware.device()), self.test).loss
+        return conditions() | {"tokens": self.train.num_tokens, "seconds": time.monotonic() - started, "loss": loss}
+
+    def standings(self) -> list[str]:
+        """The tournament's order, the best first."""
+        return list(
+            tournament(
+                self.teacher,
+                {name: self.student(name) for name in self.candidates},
+                self.train,
+                self.validation,
+                to=self.folder / "tournament",
+                tokens=self.train.num_tokens,
+            )
+        )
 
 
 def main() -> None:
@@ -99,57 +139,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=parse_quantity, default=100_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
     hardware.keep_freed_memory()
     bench = Bench(options)
-    names = [str(candidate.architecture) for candidate in bench.candidates]
-    with torch.no_grad():
-        sliced = [bench.sliced(candidate) for candidate in bench.candidates]
-    full = []
-    for candidate in bench.candidates:
-        full.append(bench.trained(candidate, seed=0))
-        print(f"{candidate.architecture}: trained in full, loss {full[-1]:.4f}", flush=True)
-    best = min(range(len(full)), key=full.__getitem__)
-    again = [full[best], *(bench.trained(bench.candidates[best], seed) for seed in range(1, options.seeds))]
-    standings = tournament(
-        bench.teacher,
-        dict(zip(names, map(bench.student, bench.candidates), strict=True)),
-        bench.train,
-        bench.validation,
-        to=bench.folder / "tournament",
-        tokens=bench.train.num_tokens,
-    )
-    show(bench, names, sliced, full, again, [names.index(name) for name in standings])
-
-
-def show(
-    bench: Bench,
-    names: list[str],
-    sliced: list[float],
-    full: list[float],
-    again: list[float],
-    order: list[int],
-) -> None:
-    tokens = bench.train.num_tokens
-    plan = rounds(len(names), tokens)
+    full = {}
+    for name in bench.candidates:
+        full[name] = bench.trained(name, seed=0)
+        print(f"{name}: trained in full, loss {full[name]:.4f}", flush=True)
+    best = min(full, key=full.__getitem__)
+    again = [full[best], *(bench.trained(best, seed) for seed in range(1, options.seeds))]
+    order = kept(bench.rows / "tournament.json", bench.standings)
+    tokens, plan = bench.train.num_tokens, rounds(len(full), bench.train.num_tokens)
     starts = [0, *(end for _, end in plan)]
     spent = sum(count * (end - start) for (count, end), start in zip(plan, starts, strict=False))
-    best, winner = min(full), full[order[0]]
-    repaired = [candidate.measured.loss for candidate in bench.candidates if candidate.measured]
-    orders = {
-        "predicted": [candidate.predicted_damage for candidate in bench.candidates],
-        "before the repair": sliced,
-        "after the repair": repaired,
-        "tournament": [order.index(number) for number in range(len(names))],
-    }
+    known = ("predicted", "before the repair", "after the repair")
+    orders = {when: [bench.candidates[name][when] for name in full] for when in known}
+    orders["tournament"] = [order.index(name) for name in full]
     result = {
-        "best": names[full.index(best)],
-        "best_loss": best,
-        "winner": names[order[0]],
-        "winner_loss": winner,
+        "best": best,
+        "best_loss": full[best],
+        "winner": order[0],
+        "winner_loss": full[order[0]],
         "noise": statistics.stdev(again) if len(again) > 1 else None,
-        "cost": spent / (len(names) * tokens),
-        "kendall": {name: kendall(values, full) for name, values in orders.items()},
+        "cost": spent / (len(full) * tokens),
+        "kendall": {when: kendall(values, list(full.values())) for when, values in orders.items()},
     }
     print(json.dumps(result, indent=1), flush=True)
 

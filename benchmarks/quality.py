@@ -25,6 +25,7 @@ import torch
 from published import METHODS, PACKAGES, Bench, Inapplicable
 from published.bench import count
 from quality_rows import CHANCE, mean_kl, table
+from rows import conditions, kept, write
 from texts import BLOCK_SIZE, tokenised
 from transformers import PreTrainedModel
 
@@ -32,7 +33,6 @@ import prunus as pr
 from prunus import hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import from_config
-from prunus.files import atomic_file
 from prunus.head import head_of
 from prunus.masters import Masters
 from prunus.measure import load_statistics, save_statistics
@@ -96,13 +96,12 @@ class Laboratory:
         statistics = self._statistics()
         scores = pr.score(statistics)
         budget = pr.parse_budget(self.teacher, params=f"{share}x")
-        file = self.rows / f"{share}" / "shape.json"
-        if not file.exists():
-            best = pr.search(
-                self.teacher, scores, budget, calibration=self.calibration, heldout=self.validation
-            ).best.architecture
-            write(file, dict(best))
-        shape = self.teacher.architecture.replace(**json.loads(file.read_text()))
+
+        def searched() -> dict[str, Any]:
+            found = pr.search(self.teacher, scores, budget, calibration=self.calibration, heldout=self.validation)
+            return dict(found.best.architecture)
+
+        shape = self.teacher.architecture.replace(**kept(self.rows / f"{share}" / "shape.json", searched))
         parameters = budget.parameters(shape)
         return Bench(self.teacher, self.calibration, self.validation, parameters, shape, statistics)
 
@@ -166,8 +165,7 @@ def row(laboratory: Laboratory, method: str, bench: Bench, scored: Mapping[str, 
     started = time.monotonic()
     model = ROWS[method](bench).float().requires_grad_(True)
     result = {"method": method, "parameters": count(model), "seconds": time.monotonic() - started}
-    result |= {"threads": torch.get_num_threads(), "dtype": str(hardware.compute_dtype())}
-    result["tokens"] = laboratory.train.num_tokens
+    result |= conditions() | {"tokens": laboratory.train.num_tokens}
     teacher = laboratory.cache("train", laboratory.train)
     students = [trained(model, teacher, laboratory.train, rate) for rate in laboratory.rates]
     before, after = laboratory.judged(model), [laboratory.judged(student) for student in students]
@@ -191,12 +189,6 @@ def accuracies(
         return {}
     found = run_tasks(model, laboratory.teacher.tokenizer(), list(scored.values()), limit=limit)
     return {name: [found[task.name][key] for key in ("acc", "acc_stderr")] for name, task in scored.items()}
-
-
-def write(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as partial:
-        partial.write_text(json.dumps(value, indent=1))
 
 
 def main() -> None:
