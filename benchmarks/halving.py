@@ -1,12 +1,13 @@
 """Successive halving beside all candidates trained in full: does it pick the best, what does it cost, what tells early?
 
 Usage: python benchmarks/halving.py MODEL --train TEXT --heldout FILE [--share 0.7] [--candidates 12] [--tokens 100k]
-       [--seeds 3] --to FOLDER [--rows FOLDER]
+       [--seeds 3] [--workers 1] --to FOLDER [--rows FOLDER]
 
 Candidates are those of the search, cut and repaired. Each is distilled on all tokens from one cache of samples of the
 teacher; the best with several seeds, which tells how far two trainings of the same differ by chance. Then they play a
 tournament on the same text. Kendall's τ with the order after full training is given for every earlier order. Students
-lie in --to, what was measured in --rows (or there too); neither is made again.
+lie in --to, what was measured in --rows (or there too); neither is made again. Several --workers train side by side, on
+Ray.
 """
 
 import argparse
@@ -16,21 +17,23 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import conditions, kept
+from rows import conditions, kept, write
 from texts import BLOCK_SIZE, tokenised
 
 import prunus as pr
-from prunus import hardware
+from prunus import hardware, side_by_side
 from prunus.architecture import parse
 from prunus.budget import parse_quantity
 from prunus.checkpoint import load
 from prunus.prune import build, cut
 from prunus.schedule import Settings
-from prunus.teacher import Cache, describe, write_cache
+from prunus.teacher import Cache, describe, open_cache, write_cache
+from prunus.text import Blocks
 from prunus.tournament import rounds, tournament
 
 CALIBRATION_BLOCKS, VALIDATION_TOKENS, TEST_TOKENS = 64, 16384, 32768
@@ -41,6 +44,29 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> float:
     pairs = list(itertools.combinations(range(len(first)), 2))
     signs = [(first[i] - first[j]) * (second[i] - second[j]) for i, j in pairs]
     return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One candidate on all tokens, so that any process can do it."""
+
+    student: Path
+    cache: Path
+    train: Blocks
+    test: Blocks
+    seed: int
+    to: Path
+
+
+def trained(training: Training) -> dict[str, Any]:
+    """Loss on the test text."""
+    started, tokens = time.monotonic(), training.train.num_tokens
+    if not training.to.is_dir():
+        settings, teacher = Settings(tokens=tokens, seed=training.seed), open_cache(training.cache)
+        pr.distill(load(training.student), teacher, training.train, to=training.to, settings=settings)
+    model = load(training.to).module(hardware.compute_dtype(), hardware.device())
+    loss = pr.quality(model, training.test).loss
+    return conditions() | {"tokens": tokens, "seconds": time.monotonic() - started, "loss": loss}
 
 
 class Bench:
@@ -59,7 +85,7 @@ class Bench:
         self.train = text.select(range(CALIBRATION_BLOCKS, len(text)))
         border = VALIDATION_TOKENS // BLOCK_SIZE
         self.validation, self.test = heldout.head(border), heldout.select(range(border, len(heldout)))
-        self.share, self.most = options.share, options.candidates
+        self.share, self.most, self.workers = options.share, options.candidates, options.workers
         self.candidates: dict[str, dict[str, float]] = kept(self.rows / "candidates.json", self.searched)
 
     @functools.cached_property
@@ -103,17 +129,25 @@ class Bench:
         architecture = parse(name, self.teacher.architecture)
         return pr.prune(self.teacher, self.scores, architecture, to=to, calibration=self.calibration)
 
-    def trained(self, name: str, seed: int) -> float:
-        """Test loss after all tokens."""
-        return kept(self.rows / f"{name}-{seed}.json", lambda: self._trained(name, seed))["loss"]
-
-    def _trained(self, name: str, seed: int) -> dict[str, Any]:
-        to, started = self.folder / "trained" / f"{name}-{seed}", time.monotonic()
-        if not to.is_dir():
-            settings = Settings(tokens=self.train.num_tokens, seed=seed)
-            pr.distill(self.student(name), self.cache(), self.train, to=to, settings=settings)
-        loss = pr.quality(load(to).module(hardware.compute_dtype(), hardware.device()), self.test).loss
-        return conditions() | {"tokens": self.train.num_tokens, "seconds": time.monotonic() - started, "loss": loss}
+    def trained(self, wanted: Sequence[tuple[str, int]]) -> list[float]:
+        """Test losses of (candidate, seed) after all tokens."""
+        rows = {(name, seed): self.rows / f"{name}-{seed}.json" for name, seed in wanted}
+        trainings = {
+            str(rows[name, seed]): Training(
+                student=self.student(name).folder,
+                cache=self.cache().folder,
+                train=self.train,
+                test=self.test,
+                seed=seed,
+                to=self.folder / "trained" / f"{name}-{seed}",
+            )
+            for name, seed in wanted
+            if not rows[name, seed].exists()
+        }
+        for file, row in side_by_side.each(trained, trainings, workers=self.workers):
+            write(Path(file), row)
+            print(f"{file}: loss {row['loss']:.4f}", flush=True)
+        return [json.loads(row.read_text())["loss"] for row in rows.values()]
 
     def standings(self) -> list[str]:
         """The tournament's order, the best first."""
@@ -125,6 +159,7 @@ class Bench:
                 self.validation,
                 to=self.folder / "tournament",
                 tokens=self.train.num_tokens,
+                workers=self.workers,
             )
         )
 
@@ -138,17 +173,15 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=12)
     parser.add_argument("--tokens", type=parse_quantity, default=100_000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
     hardware.keep_freed_memory()
     bench = Bench(options)
-    full = {}
-    for name in bench.candidates:
-        full[name] = bench.trained(name, seed=0)
-        print(f"{name}: trained in full, loss {full[name]:.4f}", flush=True)
+    full = dict(zip(bench.candidates, bench.trained([(name, 0) for name in bench.candidates]), strict=True))
     best = min(full, key=full.__getitem__)
-    again = [full[best], *(bench.trained(best, seed) for seed in range(1, options.seeds))]
+    again = bench.trained([(best, seed) for seed in range(options.seeds)])
     order = kept(bench.rows / "tournament.json", bench.standings)
     tokens, plan = bench.train.num_tokens, rounds(len(full), bench.train.num_tokens)
     starts = [0, *(end for _, end in plan)]

@@ -1,6 +1,7 @@
 """The shape of the code: a module imports only what stands above it, and the package shows the names it promises."""
 
 import ast
+import pickle
 import re
 import subprocess
 import sys
@@ -102,6 +103,11 @@ assert public is direct is pr.{name} is sys.modules["prunus.{name}"].{name}
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="module 'prunus' has no attribute 'mesure'"):
         _ = pr.mesure
+
+
+def test_the_package_goes_to_other_processes_by_its_name():
+    """Ray pickles a notebook's function with the modules that it names; a subclass of a module has no pickling."""
+    assert pickle.loads(pickle.dumps(pr)) is pr
 
 
 def test_importing_is_light():

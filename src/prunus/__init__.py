@@ -17,6 +17,8 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from prunus.architecture import Architecture
     from prunus.budget import Budget, parse_budget
     from prunus.checkpoint import Checkpoint, load
@@ -102,6 +104,10 @@ class _Package(types.ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOME and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Callable[[str], types.ModuleType], tuple[str]]:
+        """A function that names the package goes to other processes (Ray, joblib): as with any module, by its name."""
+        return importlib.import_module, (self.__name__,)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})
