@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ def each(work: Callable[[Task], Result], tasks: Mapping[str, Task], *, workers: 
 
     mine = not ray.is_initialized()
     if mine:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         have = ray.cluster_resources()
         cores, gpus = max(1, int(have.get("CPU", 1)) // workers), min(1, have.get("GPU", 0) / workers)
