@@ -83,6 +83,7 @@ def test_a_plan_for_gpus_does_not_depend_on_this_machine(invoke, whole_model, co
         plans.append(as_json(invoke("plan", str(whole_model), *options)))
     assert plans[0] == plans[1]
     assert plans[0]["repair_memory_bytes"] > 0
+    assert plans[0]["search_memory_bytes"] > 0
 
 
 @pytest.mark.parametrize("budget", [("--params", "0.7x"), ("--memory", "0.8x"), ("--arch", "ffn=20,layers=3")])

@@ -9,11 +9,13 @@ import torch
 from conftest import KINDS, for_each_kind, tiny_model
 
 from prunus import hardware, memory
+from prunus.budget import parse_budget
 from prunus.distill import distill
 from prunus.errors import DoesNotFit
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import prune
+from prunus.search import search
 from prunus.text import Blocks
 
 GB = 10**9
@@ -159,6 +161,17 @@ def test_text_for_the_repair_that_would_fit_is_said(checkpoint):
         memory.check_repair(checkpoint, target, **REPAIR, free=sum(parts.values()) - parts["streams"])
 
 
+def test_a_search_holds_what_its_largest_student_does(checkpoint):
+    sizes = checkpoint.architecture
+    small, large = sizes.replace(ffn=sizes.ffn // 2, layers=1), sizes.replace(ffn=sizes.ffn // 2)
+    parts = memory.check_search(checkpoint, [small, large, small], **REPAIR)
+    assert parts == memory.check_repair(checkpoint, large, **REPAIR)
+    unrepaired = memory.check_search(checkpoint, [small, large], **REPAIR | {"blocks": 0})
+    assert unrepaired["streams"] == 0
+    with pytest.raises(DoesNotFit, match=r"search needs .* Name the architecture [(]--arch[)]"):
+        memory.check_search(checkpoint, [small, large], **REPAIR, free=sum(parts.values()))
+
+
 @for_each_kind
 def test_the_memory_of_a_repair_is_known_of_every_family(teacher):
     few, many = (memory.repair(teacher, teacher.architecture, blocks=count, block_size=64) for count in (64, 128))
@@ -176,6 +189,17 @@ def test_a_repair_that_does_not_fit_is_refused_before_anything_is_loaded(checkpo
     with pytest.raises(DoesNotFit, match=r"prune\.repair=false"):
         prune(checkpoint, scores, checkpoint.architecture.replace(ffn=20), to=tmp_path / "student", calibration=text)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_search_that_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, monkeypatch):
+    tokens = np.zeros((4, 32), dtype=np.uint16)
+    text = Blocks(tokens, np.zeros_like(tokens), np.ones(4, np.int64), "zeros")
+    scores, budget = score(measure(checkpoint, text)), parse_budget(checkpoint, params="0.6x")
+    monkeypatch.setattr(hardware, "free_memory", lambda: 1000)
+    monkeypatch.setattr(type(checkpoint), "module", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(DoesNotFit, match=r"[(]--arch[)]"):
+        search(checkpoint, scores, budget, calibration=text, heldout=text)
+    assert search(checkpoint, scores, budget).best.measured is None
 
 
 def test_a_training_that_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):

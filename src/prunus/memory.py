@@ -1,4 +1,4 @@
-"""Peak memory of a distillation, and of a repair, predicted from sizes alone, and what to do where it does not fit.
+"""Peak memory of distillation, repair and search, predicted from sizes alone, and what to do where it does not fit.
 
 All numbers are bytes. N_t and N_s are the parameters of teacher and student, b the bytes of a value in the short type.
 """
@@ -6,7 +6,7 @@ All numbers are bytes. N_t and N_s are the parameters of teacher and student, b 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,8 +281,9 @@ def check_repair(
     block_size: int,
     device: str | None = None,
     free: int | None = None,
-) -> None:
-    """
+) -> dict[str, int]:
+    """What `repair` says, if it fits.
+
     Args:
         device: see `repair`.
         free: bytes (default: what is free now).
@@ -291,16 +292,41 @@ def check_repair(
     """
     free = int(ROOM * (hardware.free_memory() if free is None else free))
     parts = repair(teacher, student, blocks=blocks, block_size=block_size, device=device)
-    if sum(parts.values()) <= free:
-        return
     for_text = free - sum(parts.values()) + parts["streams"]
     fitting = blocks * block_size * for_text // parts["streams"]
     advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_REPAIR_TOKENS else "prune.repair=false"
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    raise DoesNotFit(
-        f"the repair needs {sum(parts.values()) / 1e9:.1f} GB ({listed}), but {free / 1e9:.1f} GB are free. "
-        f"This would fit: {advice}."
-    )
+    return _fitting("the repair", parts, free, f"This would fit: {advice}.")
+
+
+def check_search(
+    teacher: Checkpoint,
+    built: Iterable[Architecture],
+    *,
+    blocks: int,
+    block_size: int,
+    device: str | None = None,
+    free: int | None = None,
+) -> dict[str, int]:
+    """Bytes of each part while the largest of these architectures is built and repaired, if it fits.
+
+    Args:
+        blocks: of text for the repair; 0 without one.
+        device, free: see `check_repair`.
+    Raises:
+        DoesNotFit: then an architecture has to be named.
+    """
+    free = int(ROOM * (hardware.free_memory() if free is None else free))
+    largest = max(built, key=lambda sizes: cost.parameters(teacher.family, teacher.layout, sizes))
+    parts = repair(teacher, largest, blocks=blocks, block_size=block_size, device=device)
+    return _fitting("the search", parts, free, "Name the architecture (--arch): then there is no search.")
+
+
+def _fitting(stage: str, parts: dict[str, int], free: int, advice: str) -> dict[str, int]:
+    need = sum(parts.values())
+    if need > free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        raise DoesNotFit(f"{stage} needs {need / 1e9:.1f} GB ({listed}), but {free / 1e9:.1f} GB are free. {advice}")
+    return parts
 
 
 def _written_from(branch: Branch, family: Family, sizes: Architecture) -> int:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from prunus import cost, hardware, memory
 from prunus.architecture import Architecture, parse
-from prunus.budget import parse_budget
+from prunus.budget import Budget, parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.console import duration
 from prunus.errors import BadRecipe
@@ -19,6 +19,7 @@ from prunus.recipe import Recipe
 from prunus.run import OUTPUTS
 from prunus.schedule import Settings
 from prunus.schedule import plan as plan_training
+from prunus.search import probe_architectures
 from prunus.selection import check_legal
 from prunus.space import legal_architectures
 
@@ -60,8 +61,9 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     if len(recipe.sizes) > 1:
         raise BadRecipe(f"plan: one size at a time, such as --params {recipe.sizes[0]}")
     teacher = load(recipe.model, uneven=recipe.uneven)
+    budget = None
     if recipe.arch is not None:
-        target, count, limits = parse(recipe.arch, teacher.architecture), 1, {}
+        target, count = parse(recipe.arch, teacher.architecture), 1
         check_legal(teacher.family, teacher.architecture, target)
     elif recipe.latency is not None:
         raise BadRecipe("plan: what a token takes is measured in the run itself; give --params for a plan")
@@ -69,7 +71,6 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         budget = parse_budget(teacher, **recipe.limits)
         found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
         target, count = _most_similar(teacher.architecture, found), len(found)
-        limits = {limit.kind: limit.target for limit in budget.limits}
     if recipe.distill.tokens is None:
         raise BadRecipe("plan: the time depends on the amount of text; give --tokens")
     schedule = plan_training(
@@ -84,11 +85,12 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     return {
         "teacher": _facts(teacher, teacher.architecture),
         "student": _facts(teacher, target),
-        "budget": limits,
+        "budget": {limit.kind: limit.target for limit in budget.limits} if budget else {},
         "legal_architectures": count,
         "training": asdict(schedule) | {"tokens": schedule.tokens, "micro_blocks": micro_blocks},
         "peak_memory_bytes": sum(parts.values()),
         "peak_memory_parts": parts,
+        "search_memory_bytes": _search_memory(teacher, target, budget, recipe, machine) if budget else 0,
         "repair_memory_bytes": _repair_memory(teacher, target, recipe, machine),
         "gpus": machine.gpus,
         "seconds": seconds(teacher, target, recipe, schedule.tokens, machine),
@@ -130,6 +132,21 @@ def _memory(
     return {"micro_blocks": need.blocks, **memory.peak(need)}
 
 
+def _search_memory(teacher: Checkpoint, target: Architecture, budget: Budget, recipe: Recipe, machine: Machine) -> int:
+    """Peak of the search, in bytes, where it builds and repairs on one GPU (or CPU).
+
+    Raises:
+        DoesNotFit: says what would.
+    """
+    block_size = recipe.data.block_size
+    built = [*probe_architectures(teacher.family, teacher.architecture, budget).values(), target]
+    blocks = max(1, recipe.search.probe_tokens // block_size) if recipe.prune.repair else 0
+    parts = memory.check_search(
+        teacher, built, blocks=blocks, block_size=block_size, device=machine.device, free=machine.memory
+    )
+    return sum(parts.values())
+
+
 def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, machine: Machine) -> int:
     """Peak of the repair, in bytes; it runs on one GPU (or CPU).
 
@@ -140,10 +157,9 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
         return 0
     block_size = recipe.data.block_size
     blocks = max(1, recipe.prune.tokens // block_size)
-    memory.check_repair(
+    parts = memory.check_repair(
         teacher, target, blocks=blocks, block_size=block_size, device=machine.device, free=machine.memory
     )
-    parts = memory.repair(teacher, target, blocks=blocks, block_size=block_size, device=machine.device)
     return sum(parts.values())
 
 
@@ -190,8 +206,9 @@ def show(result: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in result["peak_memory_parts"].items())
     each = " on each" if result["gpus"] > 1 else ""
     console.print(f"Peak memory of the training{each}: about {result['peak_memory_bytes'] / 1e9:.1f} GB ({parts})")
-    if result["repair_memory_bytes"]:
-        console.print(f"Peak memory of the repair: about {result['repair_memory_bytes'] / 1e9:.1f} GB")
+    for stage in ("search", "repair"):
+        if need := result[f"{stage}_memory_bytes"]:
+            console.print(f"Peak memory of the {stage}: about {need / 1e9:.1f} GB")
     stages = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items())
     where = "on this machine, now" if result["gpus"] == 1 else f"on {result['gpus']} GPUs"
     console.print(f"Time {where}: about {duration(sum(result['seconds'].values()))} ({stages})")

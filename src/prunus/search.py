@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from prunus import hardware
+from prunus import hardware, memory
 from prunus.architecture import Architecture
 from prunus.budget import Budget
 from prunus.checkpoint import Checkpoint
@@ -174,6 +174,7 @@ def search(
         probe_blocks: calibration blocks for each probe and candidate.
     Raises:
         BudgetUnreachable: no legal model is that small.
+        DoesNotFit: the teacher and a repaired student would take more memory than is free.
     """
     family, source = teacher.family, teacher.architecture
     found = legal_architectures(family, source, budget, tolerance=tolerance)
@@ -186,7 +187,10 @@ def search(
     if calibration is not None and heldout is not None and len(found) > 1 and candidates > 0:
         probes = probe_architectures(family, source, budget)
         total = len(probes) + min(candidates, len(found))
-        measurer = _Measurer(teacher, scores, calibration.head(probe_blocks), heldout, repair, total, progress)
+        text = calibration.head(probe_blocks)
+        fitted = len(text) if repair else 0
+        memory.check_search(teacher, [*probes.values(), found[0]], blocks=fitted, block_size=text.block_size)
+        measurer = _Measurer(teacher, scores, text, heldout, repair, total, progress)
         slopes |= {axis: _slope(measurer, scores, source, probe, axis) for axis, probe in probes.items()}
     predicted = [Candidate(a, budget.parameters(a), _damage(scores, source, a, slopes)) for a in found]
     predicted.sort(key=lambda candidate: candidate.predicted_damage)
