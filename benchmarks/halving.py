@@ -149,19 +149,18 @@ class Bench:
             print(f"{file}: loss {row['loss']:.4f}", flush=True)
         return [json.loads(row.read_text())["loss"] for row in rows.values()]
 
-    def standings(self) -> list[str]:
-        """The tournament's order, the best first."""
-        return list(
-            tournament(
-                self.teacher,
-                {name: self.student(name) for name in self.candidates},
-                self.train,
-                self.validation,
-                to=self.folder / "tournament",
-                tokens=self.train.num_tokens,
-                workers=self.workers,
-            )
+    def standings(self) -> dict[str, list[float]]:
+        """Of each candidate its held-out losses before and after each round that it took part in; the best first."""
+        found = tournament(
+            self.teacher,
+            {name: self.student(name) for name in self.candidates},
+            self.train,
+            self.validation,
+            to=self.folder / "tournament",
+            tokens=self.train.num_tokens,
+            workers=self.workers,
         )
+        return {name: standing.losses for name, standing in found.items()}
 
 
 def main() -> None:
@@ -182,12 +181,14 @@ def main() -> None:
     full = dict(zip(bench.candidates, bench.trained([(name, 0) for name in bench.candidates]), strict=True))
     best = min(full, key=full.__getitem__)
     again = bench.trained([(best, seed) for seed in range(options.seeds)])
-    order = kept(bench.rows / "tournament.json", bench.standings)
+    standings: dict[str, list[float]] = kept(bench.rows / "tournament.json", bench.standings)
+    order = list(standings)
     tokens, plan = bench.train.num_tokens, rounds(len(full), bench.train.num_tokens)
     starts = [0, *(end for _, end in plan)]
     spent = sum(count * (end - start) for (count, end), start in zip(plan, starts, strict=False))
     known = ("predicted", "before the repair", "after the repair")
     orders = {when: [bench.candidates[name][when] for name in full] for when in known}
+    orders[f"after {plan[0][1]:,} tokens"] = [standings[name][1] for name in full]
     orders["tournament"] = [order.index(name) for name in full]
     result = {
         "best": best,
