@@ -24,7 +24,8 @@ def table(folder: Path, teacher: Mapping[str, Any]) -> str:
     """Markdown of one size's rows."""
     rows = sorted(map(read, folder.glob("row-*.json")), key=lambda row: mean_kl(row["after"]))
     texts, tasks = list(teacher["before"]), [name for name in CHANCE if any(name in row["tasks"] for row in rows)]
-    measured = [f"{text}: {when}" for when in ("cut", f"{rows[0]['tokens'] // 1000}k tokens") for text in texts]
+    stages = ("cut", f"{rows[0]['tokens'] // 1000}k tokens")
+    measured = [f"{Path(text).stem}: {stage}" for stage in stages for text in texts]
     heads = ["method", "parameters", *measured, "rate", *tasks]
     first = [*cells(teacher, texts), *(accuracy(teacher["tasks"][name]) for name in tasks)]
     lines = [heads, ["---"] * len(heads), first]
@@ -40,7 +41,8 @@ def cells(row: Mapping[str, Any], texts: Iterable[str]) -> list[str]:
 
 
 def judged(each: Mapping[str, float]) -> str:
-    return f"{each['perplexity']:,.1f} ({each['kl']:.3f})"
+    perplexity = each["perplexity"]
+    return f"{perplexity:{',.1f' if perplexity < 1e5 else '.0e'}} ({each['kl']:.3f})"
 
 
 def accuracy(measured: Sequence[float]) -> str:
