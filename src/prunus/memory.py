@@ -293,7 +293,7 @@ def check_repair(
     free = int(ROOM * (hardware.free_memory() if free is None else free))
     parts = repair(teacher, student, blocks=blocks, block_size=block_size, device=device)
     for_text = free - sum(parts.values()) + parts["streams"]
-    fitting = blocks * block_size * for_text // parts["streams"]
+    fitting = blocks * block_size * for_text // max(1, parts["streams"])
     advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_REPAIR_TOKENS else "prune.repair=false"
     return _fitting("the repair", parts, free, f"This would fit: {advice}.")
 
