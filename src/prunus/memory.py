@@ -295,7 +295,7 @@ def check_repair(
     for_text = free - sum(parts.values()) + parts["streams"]
     fitting = blocks * block_size * for_text // max(1, parts["streams"])
     advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_REPAIR_TOKENS else "prune.repair=false"
-    return _fitting("the repair", parts, free, f"This would fit: {advice}.")
+    return _checked("the repair", parts, free, f"This would fit: {advice}.")
 
 
 def check_search(
@@ -318,10 +318,10 @@ def check_search(
     free = int(ROOM * (hardware.free_memory() if free is None else free))
     largest = max(built, key=lambda sizes: cost.parameters(teacher.family, teacher.layout, sizes))
     parts = repair(teacher, largest, blocks=blocks, block_size=block_size, device=device)
-    return _fitting("the search", parts, free, "Name the architecture (--arch): then there is no search.")
+    return _checked("the search", parts, free, "Name the architecture (--arch): then there is no search.")
 
 
-def _fitting(stage: str, parts: dict[str, int], free: int, advice: str) -> dict[str, int]:
+def _checked(stage: str, parts: dict[str, int], free: int, advice: str) -> dict[str, int]:
     need = sum(parts.values())
     if need > free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
