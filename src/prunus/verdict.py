@@ -206,7 +206,8 @@ def _stage_cautions(report: Report) -> Iterator[str]:
     for before, after, words in (("cut", "repaired", "The repair"), ("repaired", "distilled", "Distillation")):
         worse = ratio(known.get(after), known.get(before))
         if worse is not None and worse > 1:
-            yield f"{words} made the student worse ({formats.times(worse)} the perplexity before it)."
+            change = " → ".join(formats.number(known[stage]) for stage in (before, after))
+            yield f"{words} made the student worse (perplexity {change})."
     if final in ("cut", "repaired"):
         yield "The student was not distilled: nothing has trained it since the cut."
     baseline = ratio(known.get("baseline"), known.get(final or ""))
