@@ -35,9 +35,9 @@ def contiguous(bench: Bench) -> PreTrainedModel:
 def laco(bench: Bench) -> PreTrainedModel:
     """Layers collapsed into the one before them, from the top, wherever the output stays near enough.
 
-    What is collapsed into layer l: θ_l + Σ_k (θ_{l+k} − θ_l), over the next layers. A merge is kept if the cosine of
-    the last hidden states with the teacher's stays above a threshold, the highest that leads to the layers asked for.
-    Source: LaCo, arXiv:2402.11187, with its C = 4 layers at once and I = 2 layers between merges.
+    A merge is kept if the cosine of the last hidden states with the teacher's stays above a threshold, the highest that
+    leads to the layers asked for. Source: LaCo, arXiv:2402.11187, with its C = 4 layers at once and I = 2 layers
+    between merges, as its authors' code runs (github.com/yangyifei729/LaCo).
     """
     few, target = bench.calibration.head(2), bench.layers()
     wanted = _states(bench.model(), few)
@@ -70,10 +70,14 @@ def _collapsed(model: PreTrainedModel, wanted: Tensor, few: Blocks, threshold: f
 
 @torch.no_grad()
 def _merge(layer: torch.nn.Module, others: list[torch.nn.Module]) -> None:
-    parts = [dict(other.named_parameters()) for other in others]
-    for name, value in layer.named_parameters():
-        own = value.clone()
-        value += sum((part[name] - own for part in parts), start=torch.zeros_like(own))
+    """The projections of the last of the others take the place of the layer's own; its norms stay.
+
+    The paper's sum θ_l + Σ_k (θ_{l+k} − θ_l) is taken in place there, so each difference is from what the one before it
+    left, and of the whole sum the last layer remains. To the letter it leaves nothing of SmolLM2: a perplexity of 2e9.
+    """
+    for name, part in layer.named_modules():
+        if isinstance(part, torch.nn.Linear):
+            part.load_state_dict(others[-1].get_submodule(name).state_dict())
 
 
 def without(model: PreTrainedModel, gone: range) -> PreTrainedModel:
