@@ -71,7 +71,7 @@ def modelopt(bench: Bench) -> PreTrainedModel:
     from modelopt.torch.prune.importance_hooks.base_hooks import IterativeChannelContributionHook
 
     model = bench.model()
-    rounds = SCORING_BLOCKS // BATCH_BLOCKS
+    rounds = min(SCORING_BLOCKS, len(bench.calibration)) // BATCH_BLOCKS
     hooks = []
     for layer in anatomy.layers_of(model):
         linear = layer.mlp.down_proj
