@@ -16,8 +16,13 @@ CHANCE = {"ARC-Easy": 0.25, "HellaSwag": 0.25, "BLiMP": 0.5}
 
 def main(folder: Path) -> None:
     teacher = read(folder / "teacher.json")
-    for share in sorted((each for each in folder.iterdir() if any(each.glob("row-*.json"))), reverse=True):
+    for share in sizes(folder):
         print(f"\n## {share.name}x\n\n{table(share, teacher)}")
+
+
+def sizes(folder: Path) -> list[Path]:
+    """The folders of the sizes that were measured, the largest first."""
+    return sorted((each for each in folder.iterdir() if any(each.glob("row-*.json"))), reverse=True)
 
 
 def table(folder: Path, teacher: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import quality_picture
 import quality_rows
 
 ROOT = Path(__file__).parents[1]
@@ -13,3 +14,7 @@ ROWS = ROOT / "benchmarks" / "rows" / "smollm2-135m"
 def test_tables_of_methods_are_made_of_their_rows(share):
     teacher = quality_rows.read(ROWS / "teacher.json")
     assert quality_rows.table(ROWS / share, teacher) in (ROOT / "docs" / "quality.md").read_text()
+
+
+def test_the_picture_is_made_of_the_same_rows():
+    assert quality_picture.digest(ROWS) in (ROOT / "docs" / "quality.svg").read_text()
