@@ -61,7 +61,7 @@ def picture(folder: Path) -> Figure:
     for axes, share, rows in zip(places, shares, panels, strict=True):
         panel(axes, methods, rows)
         axes.set_title(f"{share.name}× the parameters", fontsize=9)
-        axes.set_xlabel("KL to the teacher, nats per token")
+    figure.supxlabel("KL to the teacher, nats per token", fontsize=9)
     return figure
 
 
