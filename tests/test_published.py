@@ -65,7 +65,7 @@ def test_a_method_keeps_about_the_parameters_that_it_may(method, bench):
 def test_laco_leaves_the_projections_of_the_last_layer_that_it_collapses(bench):
     layers = list(anatomy.layers_of(bench.model()))
     norm = layers[0].input_layernorm.weight.clone()
-    depth._merge(layers[0], layers[1:3])
+    depth._collapse(layers[0], layers[2])
     assert torch.equal(layers[0].self_attn.q_proj.weight, layers[2].self_attn.q_proj.weight)
     assert torch.equal(layers[0].mlp.down_proj.weight, layers[2].mlp.down_proj.weight)
     assert torch.equal(layers[0].input_layernorm.weight, norm)

@@ -56,7 +56,7 @@ def _collapsed(model: PreTrainedModel, wanted: Tensor, few: Blocks, threshold: f
         before = list(anatomy.layers_of(model))
         own = {name: value.clone() for name, value in before[place].state_dict().items()}
         if size > 0:
-            _merge(before[place], before[place + 1 : place + 1 + size])
+            _collapse(before[place], before[place + size])
             _set_layers(model, before[: place + 1] + before[place + 1 + size :])
             near = torch.nn.functional.cosine_similarity(_states(model, few), wanted, dim=-1).mean()
             if near > threshold:
@@ -69,15 +69,15 @@ def _collapsed(model: PreTrainedModel, wanted: Tensor, few: Blocks, threshold: f
 
 
 @torch.no_grad()
-def _merge(layer: torch.nn.Module, others: list[torch.nn.Module]) -> None:
-    """The projections of the last of the others take the place of the layer's own; its norms stay.
+def _collapse(layer: torch.nn.Module, last: torch.nn.Module) -> None:
+    """The projections of the last layer of a run take the place of the first one's; its norms stay.
 
-    The paper's sum θ_l + Σ_k (θ_{l+k} − θ_l) is taken in place there, so each difference is from what the one before it
-    left, and of the whole sum the last layer remains. To the letter it leaves nothing of SmolLM2: a perplexity of 2e9.
+    The paper writes the sum θ_l + Σ_k (θ_{l+k} − θ_l). Its authors' code takes it in place: each difference is from
+    what the one before it left, and the last layer remains. The sum itself leaves SmolLM2 a perplexity of 2e9.
     """
     for name, part in layer.named_modules():
         if isinstance(part, torch.nn.Linear):
-            part.load_state_dict(others[-1].get_submodule(name).state_dict())
+            part.load_state_dict(last.get_submodule(name).state_dict())
 
 
 def without(model: PreTrainedModel, gone: range) -> PreTrainedModel:
