@@ -12,13 +12,13 @@ again.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rows import conditions, kept
+from half_the_tokens_rows import RECIPES, table
+from rows import conditions, kept, read
 from texts import tokenised
 
 import prunus as pr
@@ -50,7 +50,7 @@ def measured(options: argparse.Namespace, name: str, base: dict[str, Any], **cha
     }
     started = time.monotonic()
     made = pr.compress(recipes.parse(recipes.override(base, changes), source=name))
-    found = json.loads((made.root / "5-evaluation.json").read_text())
+    found = read(made.root / "5-evaluation.json")
     row = conditions() | {"tokens": changes["distill.tokens"], "seconds": time.monotonic() - started}
     row |= {model["key"]: model for model in found["models"]}
     row["architecture"] = str(pr.load(str(made.path("distill"))).architecture)
@@ -85,21 +85,20 @@ def main() -> None:
     options = parser.parse_args()
     options.rows = options.rows or options.to
     tokens = int(options.tokens)
-    recipe = {"Minitron": (recipes.read_yaml(MINITRON), tokens), "Prunus": ({}, tokens // 2)}
+    ours: dict[str, Any] = {}
+    runs = dict(zip(RECIPES, ((recipes.read_yaml(MINITRON), tokens), (ours, tokens // 2)), strict=True))
     for place, share in enumerate(options.shares.split(",")):
         for seed in range(options.seeds if place == 0 else 1):
-            for name, (base, budget) in recipe.items():
+            for name, (base, budget) in runs.items():
                 changes: dict[str, Any] = {"distill__tokens": budget, "distill__seed": seed}
                 if seed:
-                    first = json.loads((options.rows / f"{share}-{name}-0.json").read_text())
+                    first = read(options.rows / f"{share}-{name}-0.json")
                     base, changes = base | {"params": None}, changes | {"arch": first["architecture"]}
                 else:
                     changes["params"] = f"{share}x"
                 found = run(options, f"{share}-{name}-{seed}", base, **changes)
-                show("teacher", found["teacher"])
                 show(f"{share}x, seed {seed}: {name}, {budget:,} tokens", found["distilled"])
-                if "beside" in found:
-                    show(f"… on {options.beside}", found["beside"])
+    print(table(options.rows), flush=True)
     if options.from_scratch:
         share, few = options.shares.split(",")[0], tokens // 10
         ours = run(options, f"{share}-few", {}, params=f"{share}x", distill__tokens=few)

@@ -12,17 +12,15 @@ Ray.
 
 import argparse
 import functools
-import itertools
-import json
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import conditions, kept, write
+from halving_rows import summary, table
+from rows import conditions, kept, read, write
 from texts import BLOCK_SIZE, tokenised
 
 import prunus as pr
@@ -34,16 +32,9 @@ from prunus.prune import build, cut
 from prunus.schedule import Settings
 from prunus.teacher import Cache, describe, open_cache, write_cache
 from prunus.text import Blocks
-from prunus.tournament import rounds, tournament
+from prunus.tournament import tournament
 
 CALIBRATION_BLOCKS, VALIDATION_TOKENS, TEST_TOKENS = 64, 16384, 32768
-
-
-def kendall(first: Sequence[float], second: Sequence[float]) -> float:
-    """τ: pairs in the same order less pairs in the other, as a share of all pairs."""
-    pairs = list(itertools.combinations(range(len(first)), 2))
-    signs = [(first[i] - first[j]) * (second[i] - second[j]) for i, j in pairs]
-    return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
 
 
 @dataclass(frozen=True)
@@ -147,10 +138,10 @@ class Bench:
         for file, row in side_by_side.each(trained, trainings, workers=self.workers):
             write(Path(file), row)
             print(f"{file}: loss {row['loss']:.4f}", flush=True)
-        return [json.loads(row.read_text())["loss"] for row in rows.values()]
+        return [read(row)["loss"] for row in rows.values()]
 
-    def standings(self) -> dict[str, list[float]]:
-        """Of each candidate its held-out losses before and after each round that it took part in; the best first."""
+    def standings(self) -> dict[str, dict[str, list[float]]]:
+        """Of each candidate the tokens and held-out losses, before and after each round it took part in; best first."""
         found = tournament(
             self.teacher,
             {name: self.student(name) for name in self.candidates},
@@ -160,7 +151,7 @@ class Bench:
             tokens=self.train.num_tokens,
             workers=self.workers,
         )
-        return {name: standing.losses for name, standing in found.items()}
+        return {name: asdict(standing) for name, standing in found.items()}
 
 
 def main() -> None:
@@ -180,26 +171,9 @@ def main() -> None:
     bench = Bench(options)
     full = dict(zip(bench.candidates, bench.trained([(name, 0) for name in bench.candidates]), strict=True))
     best = min(full, key=full.__getitem__)
-    again = bench.trained([(best, seed) for seed in range(options.seeds)])
-    standings: dict[str, list[float]] = kept(bench.rows / "tournament.json", bench.standings)
-    order = list(standings)
-    tokens, plan = bench.train.num_tokens, rounds(len(full), bench.train.num_tokens)
-    starts = [0, *(end for _, end in plan)]
-    spent = sum(count * (end - start) for (count, end), start in zip(plan, starts, strict=False))
-    known = ("predicted", "before the repair", "after the repair")
-    orders = {when: [bench.candidates[name][when] for name in full] for when in known}
-    orders[f"after {plan[0][1]:,} tokens"] = [standings[name][1] for name in full]
-    orders["tournament"] = [order.index(name) for name in full]
-    result = {
-        "best": best,
-        "best_loss": full[best],
-        "winner": order[0],
-        "winner_loss": full[order[0]],
-        "noise": statistics.stdev(again) if len(again) > 1 else None,
-        "cost": spent / (len(full) * tokens),
-        "kendall": {when: kendall(values, list(full.values())) for when, values in orders.items()},
-    }
-    print(json.dumps(result, indent=1), flush=True)
+    bench.trained([(best, seed) for seed in range(options.seeds)])
+    kept(bench.rows / "tournament.json", bench.standings)
+    print(table(bench.rows), summary(bench.rows), sep="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from quality_rows import mean_kl, read, sizes, table
+from quality_rows import mean_kl, sizes, table
+from rows import read
 
 OURS = "Prunus"
 GREY, ORANGE = "#808080", "#de7012"  # on light pages and on dark ones

@@ -5,11 +5,12 @@ Usage: python benchmarks/quality_rows.py FOLDER
 FOLDER is quality.py's --rows (or --to): teacher.json and, for each size, a folder of row-*.json.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rows import markdown, read
 
 CHANCE = {"ARC-Easy": 0.25, "HellaSwag": 0.25, "BLiMP": 0.5}
 
@@ -33,10 +34,8 @@ def table(folder: Path, teacher: Mapping[str, Any]) -> str:
     measured = [f"{Path(text).stem}: {stage}" for stage in stages for text in texts]
     heads = ["method", "parameters", *measured, "rate", *tasks]
     first = [*cells(teacher, texts), *(accuracy(teacher["tasks"][name]) for name in tasks)]
-    lines = [heads, ["---"] * len(heads), first]
-    for row in rows:
-        lines.append([*cells(row, texts), *(kept(row["tasks"], teacher["tasks"], name) for name in tasks)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[*cells(row, texts), *(kept(row["tasks"], teacher["tasks"], name) for name in tasks)] for row in rows]
+    return markdown([heads, first, *lines])
 
 
 def cells(row: Mapping[str, Any], texts: Iterable[str]) -> list[str]:
@@ -65,10 +64,6 @@ def kept(student: Mapping[str, Sequence[float]], teacher: Mapping[str, Sequence[
 def mean_kl(judged: Mapping[str, Mapping[str, float]]) -> float:
     """Over the held-out texts."""
     return sum(each["kl"] for each in judged.values()) / len(judged)
-
-
-def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
 
 
 if __name__ == "__main__":

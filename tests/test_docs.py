@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import quality_picture
 import quality_rows
+from rows import read
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "rows" / "smollm2-135m"
@@ -12,7 +13,7 @@ ROWS = ROOT / "benchmarks" / "rows" / "smollm2-135m"
 
 @pytest.mark.parametrize("share", sorted(path.name for path in ROWS.iterdir() if path.is_dir()))
 def test_tables_of_methods_are_made_of_their_rows(share):
-    teacher = quality_rows.read(ROWS / "teacher.json")
+    teacher = read(ROWS / "teacher.json")
     assert quality_rows.table(ROWS / share, teacher) in (ROOT / "docs" / "quality.md").read_text()
 
 
