@@ -1,17 +1,18 @@
 """Minitron's recipe on T tokens beside Prunus's defaults on T/2, and beside random weights on many times as many.
 
 Usage: python benchmarks/half_the_tokens.py MODEL --train TEXT --heldout FILE [--tokens 250k] [--shares 0.75,0.6,0.5]
-       [--beside FILE] [--seeds 1] [--from-scratch 40] --to FOLDER [--rows FOLDER]
+       [--beside FILE] [--seeds 1] [--only Prunus] [--from-scratch 40] --to FOLDER [--rows FOLDER]
 
 Both recipes search, cut and train by themselves (`recipes/minitron.yaml`, and no recipe at all), on the same text, with
 as much of it for the scores, and are measured on the same held-out text. Further seeds of the first share take the
 shape that the first seed found; they draw other calibration text and another order. --from-scratch N trains the shape
 that Prunus found from random weights, on N times a tenth of T tokens, beside Prunus on a tenth of T. --beside FILE
-measures the students on other text too. Runs lie in --to, what they measured in --rows (or there too); neither is made
-again.
+measures the students on other text too. --only makes the runs of one recipe, so that the other's may go beside them in
+another process. Runs lie in --to, what they measured in --rows (or there too); neither is made again.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,26 +80,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=parse_quantity, default=250_000)
     parser.add_argument("--shares", default="0.75,0.6,0.5")
     parser.add_argument("--seeds", type=int, default=1, help="for the first share")
+    parser.add_argument("--only", choices=RECIPES)
     parser.add_argument("--from-scratch", type=int, default=0)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
     options.rows = options.rows or options.to
     tokens = int(options.tokens)
-    ours: dict[str, Any] = {}
-    runs = dict(zip(RECIPES, ((recipes.read_yaml(MINITRON), tokens), (ours, tokens // 2)), strict=True))
+    budgets = {"Minitron": tokens, "Prunus": tokens // 2}
+    names = [options.only] if options.only else RECIPES
     for place, share in enumerate(options.shares.split(",")):
-        for seed in range(options.seeds if place == 0 else 1):
-            for name, (base, budget) in runs.items():
-                changes: dict[str, Any] = {"distill__tokens": budget, "distill__seed": seed}
-                if seed:
-                    first = read(options.rows / f"{share}-{name}-0.json")
-                    base, changes = base | {"params": None}, changes | {"arch": first["architecture"]}
-                else:
-                    changes["params"] = f"{share}x"
-                found = run(options, f"{share}-{name}-{seed}", base, **changes)
-                show(f"{share}x, seed {seed}: {name}, {budget:,} tokens", found["distilled"])
-    print(table(options.rows), flush=True)
+        seeds = range(options.seeds if place == 0 else 1)
+        for seed, name in itertools.product(seeds, names):
+            base: dict[str, Any] = recipes.read_yaml(MINITRON) if name == "Minitron" else {}
+            changes: dict[str, Any] = {"distill__tokens": budgets[name], "distill__seed": seed}
+            if seed:
+                first = read(options.rows / f"{share}-{name}-0.json")
+                base, changes = base | {"params": None}, changes | {"arch": first["architecture"]}
+            else:
+                changes["params"] = f"{share}x"
+            found = run(options, f"{share}-{name}-{seed}", base, **changes)
+            show(f"{share}x, seed {seed}: {name}, {budgets[name]:,} tokens", found["distilled"])
+    if not options.only:
+        print(table(options.rows), flush=True)
     if options.from_scratch:
         share, few = options.shares.split(",")[0], tokens // 10
         ours = run(options, f"{share}-few", {}, params=f"{share}x", distill__tokens=few)
