@@ -39,10 +39,10 @@ def summary(folder: Path) -> str:
     again = [read(row)["loss"] for row in folder.glob(f"{best}-*.json")]
     cost = sum(each["tokens"][-1] for each in standings.values()) / sum(row["tokens"] for row in full.values())
     named = {name: f"{shape} ({losses[name]:.4f})" for name, shape in shapes(losses).items()}
-    return (
-        f"The tournament chose {named[winner]}, the best is {named[best]}; the standard deviation of its {len(again)} "
-        f"trainings is {statistics.stdev(again):.4f}. It cost {cost:.0%} of training all."
-    )
+    said = [f"The tournament chose {named[winner]}, the best is {named[best]}.", f"It cost {cost:.0%} of training all."]
+    if len(again) > 1:
+        said.append(f"Of {len(again)} trainings of the best the standard deviation is {statistics.stdev(again):.4f}.")
+    return " ".join(said)
 
 
 def trained(folder: Path) -> dict[str, dict[str, Any]]:
