@@ -42,6 +42,8 @@ def test_killed_runs_end_with_the_same_bits(whole_model, corpus, undisturbed, tm
     finish(*run)
     assert (root / STUDENT).read_bytes() == (undisturbed[0] / STUDENT).read_bytes()
     assert files(root) == files(undisturbed[0])
+    stages = {stage["name"]: stage["seconds"] for stage in json.loads((root / "5-report.json").read_text())["stages"]}
+    assert stages["distill"] >= json.loads((root / "4-distilled/training.json").read_text())["seconds"]
 
 
 def files(root: Path) -> set[Path]:

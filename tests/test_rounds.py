@@ -13,6 +13,7 @@ from prunus import pipeline, recipe
 from prunus.checkpoint import load
 from prunus.errors import BadOutput, BadRecipe, BudgetUnreachable, Stopped
 from prunus.pipeline import compress
+from prunus.recipe import STAGES
 from prunus.run import LARGER, Run, is_run
 from prunus.sizes import members
 
@@ -53,6 +54,15 @@ def test_a_large_cut_leads_over_a_larger_student(in_rounds):
     assert report["teacher"]["fingerprint"] == teacher.fingerprint
     assert report["parent"]["fingerprint"] == larger.fingerprint
     assert larger.fingerprint in (in_rounds.root / "report.html").read_text()
+
+
+def test_the_time_of_the_larger_student_counts(in_rounds):
+    stages = json.loads((in_rounds.root / "5-report.json").read_text())["stages"]
+    seconds = {stage["name"]: stage["seconds"] for stage in stages}
+    spent = json.loads((in_rounds.root / LARGER / "run.json").read_text())["stages"]
+    assert list(seconds)[:3] == ["text", "larger student", "measure"]
+    assert seconds["larger student"] == pytest.approx(sum(entry["seconds"] for entry in spent.values()))
+    assert list(spent) == list(STAGES[1 : STAGES.index("distill") + 1]), "the text is shared"
 
 
 def test_rounds_share_text_cache_and_tokens(in_rounds):

@@ -24,7 +24,7 @@ from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, Quality, qualities, samples, speed
 from prunus.prune import KEPT_FILE, build, cut
 from prunus.recipe import STAGES
-from prunus.run import BASELINE, Run, read_json
+from prunus.run import BASELINE, LARGER, Run, read_json
 from prunus.scores import Scores
 from prunus.search import Candidate, Search
 from prunus.selection import ranked_layers
@@ -191,9 +191,23 @@ def collect(run: Run) -> dict[str, Any]:
         "models": evaluation.get("models", []),
         "training": training and training | {"rounds": run.rounds},
         "samples": evaluation.get("samples", []),
-        "stages": [{"name": name, "seconds": entry["seconds"]} for name, entry in run.log["stages"].items()],
+        "stages": _stages(run),
         "warnings": [],
     }
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    """What took how long; the run of a larger student counts as one stage. A training that was killed and gone on with
+    remembers the time before, which its stage does not."""
+    seconds = {name: entry["seconds"] for name, entry in run.log["stages"].items()}
+    if "distill" in seconds and run.finished("distill"):
+        folders = [run.path("distill"), *([run.root / BASELINE] if run.baseline else [])]
+        seconds["distill"] = max(seconds["distill"], sum(_record(folder)["seconds"] for folder in folders))
+    stages = [{"name": name, "seconds": spent} for name, spent in seconds.items()]
+    if run.larger is not None and run.finished("measure"):
+        larger = Run(run.root / LARGER, run.larger)
+        stages.insert(1, {"name": "larger student", "seconds": sum(stage["seconds"] for stage in _stages(larger))})
+    return stages
 
 
 def family(runs: Sequence[Run]) -> dict[str, Any]:
