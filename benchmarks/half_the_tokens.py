@@ -49,10 +49,10 @@ def measured(options: argparse.Namespace, name: str, base: dict[str, Any], **cha
         "measure.tokens": SCORING_TOKENS,
         "evaluate.speed": False,
     }
-    started = time.monotonic()
     made = pr.compress(recipes.parse(recipes.override(base, changes), source=name))
-    found = read(made.root / "5-evaluation.json")
-    row = conditions() | {"tokens": changes["distill.tokens"], "seconds": time.monotonic() - started}
+    found = read(made.root / "5-report.json")
+    seconds = sum(stage["seconds"] for stage in found["stages"])  # with those of a training that was stopped
+    row = conditions() | {"tokens": changes["distill.tokens"], "seconds": seconds}
     row |= {model["key"]: model for model in found["models"]}
     row["architecture"] = str(pr.load(str(made.path("distill"))).architecture)
     return row | ({"beside": beside(options, name)} if options.beside else {})
