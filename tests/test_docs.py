@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import half_the_tokens_rows
 import pytest
 import quality_picture
 import quality_rows
@@ -9,6 +10,7 @@ from rows import read
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "rows" / "smollm2-135m"
+HALF = ROOT / "benchmarks" / "rows" / "half"
 
 
 @pytest.mark.parametrize("share", sorted(path.name for path in ROWS.iterdir() if path.is_dir()))
@@ -19,3 +21,7 @@ def test_tables_of_methods_are_made_of_their_rows(share):
 
 def test_the_picture_is_made_of_the_same_rows():
     assert quality_picture.digest(ROWS) in (ROOT / "docs" / "quality.svg").read_text()
+
+
+def test_the_table_of_half_the_tokens_is_made_of_its_rows():
+    assert half_the_tokens_rows.table(HALF) in (ROOT / "docs" / "quality.md").read_text()
