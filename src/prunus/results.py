@@ -199,12 +199,13 @@ def collect(run: Run) -> dict[str, Any]:
 def _stages(run: Run) -> list[dict[str, Any]]:
     """What took how long; the run of a larger student counts as one stage. A training that was killed and gone on with
     remembers the time before, which its stage does not."""
-    seconds = {name: entry["seconds"] for name, entry in run.log["stages"].items()}
-    if "distill" in seconds and run.finished("distill"):
+    known = run.log["stages"].items()
+    seconds = {name: entry["seconds"] for name, entry in known if run.finished(name)}  # --redo leaves others behind
+    if "distill" in seconds:
         folders = [run.path("distill"), *([run.root / BASELINE] if run.baseline else [])]
         seconds["distill"] = max(seconds["distill"], sum(_record(folder)["seconds"] for folder in folders))
     stages = [{"name": name, "seconds": spent} for name, spent in seconds.items()]
-    if run.larger is not None and run.finished("measure"):
+    if run.larger is not None and "measure" in seconds:
         larger = Run(run.root / LARGER, run.larger)
         stages.insert(1, {"name": "larger student", "seconds": sum(stage["seconds"] for stage in _stages(larger))})
     return stages
