@@ -17,9 +17,11 @@ import torch
 from conftest import make_text, small_flags
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from test_pipeline import make_recipe
 
 from prunus import weights
 from prunus.families import known_families
+from prunus.pipeline import compress
 from prunus.recipe import STAGES
 from prunus.run import OUTPUTS
 
@@ -44,6 +46,18 @@ def refused(invoke, corpus, tmp_path) -> Callable[..., str]:
         return only_message(result)
 
     return run
+
+
+def test_a_folder_that_is_not_empty_is_left_as_it_was(invoke, whole_model, corpus, tmp_path):
+    """Such as a fresh git repository that is meant to hold the run."""
+    root = tmp_path / "run"
+    (root / ".git").mkdir(parents=True)
+    (root / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (root / ".env").write_text("HF_HOME=/models")
+    before = contents(root)
+    flags = small_flags(corpus.with_name("nothing.jsonl"), root)
+    assert invoke("compress", str(whole_model), *flags).exit_code == 2
+    assert contents(root) == before
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
@@ -252,6 +266,7 @@ def test_a_gguf_that_is_not_there(refused, tmp_path):
         ("--params", "7B", "but the model has"),
         ("--memory", "1TB", "is not a quantity"),
         ("--latency", "0.6", "did you mean 0.6x"),
+        ("--latency", "1.5x", "latency: 1.5x is more than the model takes; pruning only removes"),
         ("--latency", "40MB", "'40MB' is not a quantity such as 40ms, nor a share"),
         ("--kv-cache", "0.001x", "the smallest legal model of this family costs"),
         ("--memory", "1GB", "but the model has"),
@@ -316,6 +331,13 @@ def test_a_wrong_text_field(whole_model, refused, corpus):
     assert f"{corpus}: no column 'body' that holds text. Columns: text (text)" in message
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_heldout_text_that_is_trained_on(whole_model, refused, corpus, nested):
+    data = corpus.parent if nested else corpus
+    message = refused(whole_model, "--heldout", str(corpus), data=data)
+    assert f"data: heldout: {corpus} is trained on too, as {data}; leave heldout away" in message
+
+
 def test_a_heldout_file_that_is_not_there(whole_model, refused):
     assert "absent.txt: no such file or folder" in refused(whole_model, "--heldout", "absent.txt")
 
@@ -373,6 +395,10 @@ def test_a_recipe_that_is_not_there(refused, tmp_path):
         (("--set", "data.block_size=10Q"), "data.block_size: '10Q' is not a quantity"),
         (("--set", "score.ffn=reconstruction", "--set", "measure.grams=false"), "measure.grams"),
         (("--set", "score.layers=leave_one_out"), "measure.leave_one_out"),
+        (("--set", "distill.seed=-1"), "distill.seed: Input should be greater than or equal to 0"),
+        (("--set", "evaluate.prompts=['']"), "evaluate.prompts.0: String should have at least 1 character"),
+        (("--set", "evaluate.tasks=[arc_esay]"), "knows no task 'arc_esay'"),
+        (("--set", "data.block_size=4096"), "data.block_size: 4096 tokens, but the model knows 128 positions"),
     ],
 )
 def test_options(whole_model, refused, options, words):
@@ -396,6 +422,12 @@ def started(invoke, model, corpus, tmp_path) -> list[str]:
     command = ["compress", str(model), *small_flags(corpus, tmp_path / "run"), "--stop-after"]
     assert invoke(*command, "score").exit_code == 0
     return [*command, "prune"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(whole_model, corpus, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    return compress(make_recipe(whole_model, corpus, tmp_path_factory.mktemp("whole_run") / "run")).root
 
 
 def stopped(invoke, command: list[str], root: Path) -> str:
@@ -443,6 +475,65 @@ def test_an_impossible_goal_takes_no_results_away(invoke, started, tmp_path):
     command = ["prune", str(tmp_path / "run"), "--redo", "--arch", "hidden=40"]
     assert "hidden must be a multiple of heads" in stopped(invoke, command, tmp_path / "run")
     assert (tmp_path / "run" / "3-pruned" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (("compress", "--redo", "--data", "typo.jsonl"), "typo.jsonl: no such file or folder"),
+        (("compress", "--redo", "--set", "data.text_field=body"), "no column 'body' that holds text"),
+        (
+            ("prune", "--set", "distill.batch_tokens=64", "--set", "measure.contiguous_by_task=arc_esay"),
+            "knows no task",
+        ),
+        (("evaluate", "--tasks", "arc_esay"), "knows no task 'arc_esay'"),
+        (("distill", "--set", "distill.batch_tokens=1M"), "distillation needs at least one step of 1000000 tokens"),
+        (("distill", "--teacher", "other"), "--teacher: "),
+        (("evaluate", "--data", "other.jsonl"), "--data: a run is measured on its own held-out text"),
+    ],
+)
+def test_a_mistake_in_a_changed_recipe_takes_no_results_away(invoke, whole_run, changes, words):
+    command, *options = changes
+    before = contents(whole_run)
+    result = invoke(command, str(whole_run), *options)
+    assert result.exit_code == 2, result.stdout
+    assert contents(whole_run) == before
+    assert words in only_message(result)
+
+
+def test_several_sizes_take_no_run_over_nor_the_other_way_round(invoke, whole_model, corpus, whole_run, tmp_path):
+    before = contents(whole_run)
+    several = small_flags(corpus, whole_run, budget=("--params", "0.9x,0.8x"))
+    result = invoke("compress", str(whole_model), *several)
+    assert "is a run of one size; give a new folder" in only_message(result)
+    assert contents(whole_run) == before
+
+    root = tmp_path / "sizes"
+    several = [*small_flags(corpus, root, budget=("--params", "0.9x,0.8x")), "--stop-after", "score"]
+    assert invoke("compress", str(whole_model), *several).exit_code == 0
+    before = contents(root)
+    result = invoke("compress", str(whole_model), *small_flags(corpus, root))
+    assert "holds runs of several sizes; give a new folder" in only_message(result)
+    assert contents(root) == before
+    refused = invoke("compress", str(whole_model), *several, "--set", "distill.learning_rate=0.01")
+    assert refused.exit_code == 2
+    assert "was made with another recipe" in refused.stderr
+    assert contents(root) == before
+    assert "0.9x and 0.8x not evaluated yet" in only_message(invoke("report", str(root)))
+
+
+def test_several_sizes_that_cannot_begin_leave_nothing(invoke, whole_model, tmp_path):
+    empty = write("", "empty.txt")(tmp_path)
+    flags = small_flags(empty, tmp_path / "sizes", budget=("--params", "0.9x,0.8x"))
+    assert invoke("compress", str(whole_model), *flags).exit_code == 2
+    assert not (tmp_path / "sizes").exists()
+
+
+def test_a_start_of_another_vocabulary(invoke, whole_model, corpus, refused, tmp_path_factory):
+    cut = tmp_path_factory.mktemp("cut") / "model"
+    result = invoke("vocabulary", str(whole_model), "--size", "60", "--data", str(corpus), "--to", str(cut))
+    assert result.exit_code == 0, result.stderr
+    assert "start and model have vocabularies of 60 and 78" in refused(whole_model, "--set", f"start={cut}")
 
 
 def test_a_changed_teacher(invoke, started, model, tmp_path):

@@ -1,8 +1,10 @@
 """Pulse: every command runs on a tiny model, says what it should, and nothing else."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,9 @@ def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):
     refused = invoke("plan", str(whole_model), *options, "--gpus", "1", "--gigabytes", "0.0001")
     assert refused.exit_code == 2
     assert "This would fit" in refused.stderr or "Use shorter blocks" in refused.stderr
+    impossible = invoke("plan", str(whole_model), *options, "--gpus", "1", "--tflops", "0")
+    assert impossible.exit_code == 2
+    assert "--tflops" in impossible.stderr
 
 
 def test_a_plan_for_gpus_does_not_depend_on_this_machine(invoke, whole_model, corpus, tmp_path, monkeypatch):
@@ -135,6 +140,43 @@ def test_stages_of_a_run_again(invoke, run_folder):
     assert report["training"]["tokens"] == 640
 
 
+def test_a_report_again_does_nothing_else(invoke, whole_model, corpus, tmp_path):
+    root = tmp_path / "run [x] %"
+    done(invoke("score", str(whole_model), *small_flags(corpus, root)))
+    shown = done(invoke("report", str(root)))
+    assert shown.replace("\n", "").endswith(f"Wrote {root}/report.html")
+    assert (root / "5-report.json").is_file()
+    assert not (root / "2-candidates.json").exists()
+
+
+def test_a_run_that_was_moved_or_copied(invoke, run_folder, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / "copy")
+    before = {file: file.stat().st_mtime_ns for file in run_folder.rglob("*")}
+    found = as_json(invoke("prune", str(copy), "--set", "prune.damping=0.1", "--json"))
+    assert found["files"]["prune"] == str(copy / "3-pruned")
+    assert {file: file.stat().st_mtime_ns for file in run_folder.rglob("*")} == before
+
+
+def test_a_recipe_is_distilled_where_it_is_said(invoke, run_folder, tmp_path):
+    options = ["--to", str(tmp_path / "elsewhere"), "--tokens", "640", "--json"]
+    found = as_json(invoke("distill", str(run_folder / "recipe.yaml"), *options))
+    assert found["run"] == str(tmp_path / "elsewhere")
+
+
+def test_a_key_is_put_back_to_its_default(invoke, run_folder, tmp_path):
+    options = ["--to", str(tmp_path / "run"), "--set", "distill.learning_rate=0.01", "--stop-after", "text"]
+    done(invoke("compress", str(run_folder / "recipe.yaml"), *options))
+    done(invoke("score", str(tmp_path / "run"), "--set", "distill.learning_rate=null"))
+    assert recipe.read_yaml(tmp_path / "run" / "recipe.yaml")["distill"]["learning_rate"] is None
+
+
+def test_home_is_not_a_folder_of_that_name(invoke, whole_model, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    done(invoke("score", str(whole_model), *small_flags(corpus, Path("~/run"))))
+    assert (tmp_path / "run" / "1-scores.safetensors").is_file()
+
+
 def test_the_run_folder_is_a_recipe(invoke, run_folder, tmp_path):
     made = recipe.parse(recipe.read_yaml(run_folder / "recipe.yaml"), source="test")
     assert made.params == "0.7x"
@@ -178,6 +220,8 @@ def test_evaluate_any_model(invoke, whole_model, run_folder, long_text):
     alone = as_json(invoke("evaluate", model, "--json"))
     assert alone["prefill_tokens_per_second"] > 0
     assert "perplexity" not in alone
+    assert "prefill_tokens_per_second" not in as_json(invoke("evaluate", model, "--set", "speed=false", "--json"))
+    assert "did you mean 'speed'" in invoke("evaluate", model, "--set", "evaluate.sped=false").stderr
     options = ["--data", str(long_text), "--tokens", "1024"]
     compared = as_json(invoke("evaluate", model, "--teacher", str(whole_model), *options, "--json"))
     assert compared["kl_to_teacher"] > 0

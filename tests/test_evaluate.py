@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -202,6 +204,15 @@ def test_speed_takes_turns() -> None:
     assert all(min(vars(rates).values()) > 0 for rates in found.values())
 
 
+def test_a_model_that_knows_few_positions(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Learned ones, beyond which there is nothing to look up."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=40, n_embd=16, n_layer=1, n_head=2)).eval()
+    assert min(vars(evaluate.speed({"model": model}, repeats=1)["model"]).values()) > 0
+    model.generation_config.eos_token_id = []
+    (found,) = evaluate.samples({"model": model}, tokenizer, ["The capital of"], max_new_tokens=100)
+    assert found["continuations"]["model"]
+
+
 def test_a_turn_of_a_slower_machine_leaves_the_ratio_of_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     slowness, own, calls = [1.0, 3.0, 1.5, 2.0], {"a": 2.0, "b": 5.0}, []
 
@@ -213,6 +224,7 @@ def test_a_turn_of_a_slower_machine_leaves_the_ratio_of_speeds(monkeypatch: pyte
         return seconds, 4 * seconds
 
     monkeypatch.setattr(evaluate, "_prefill_and_decode_seconds", timed)
+    monkeypatch.setattr(evaluate, "_positions", lambda models: 100)
     monkeypatch.setattr(evaluate.hardware, "plain", lambda models: contextlib.nullcontext())
     monkeypatch.setattr(evaluate, "evaluation_mode", lambda models: contextlib.nullcontext())
     found = evaluate.speed({"a": "a", "b": "b"}, prompt_tokens=10, new_tokens=4, repeats=4)

@@ -159,7 +159,17 @@ def test_flops_of_a_llama_by_hand(llama):
         cost.kv_bytes_per_token(llama.family, cost.shapes(llama.family, llama.layout), a)
         == 2 * a.layers * a.kv_heads * a.head_dim * 2
     )
+
+
+def test_a_fingerprint_is_of_the_model_not_of_where_it_lies(llama, tmp_path):
     assert pr.load(llama.folder).fingerprint == llama.fingerprint
+    moved = shutil.copytree(llama.folder, tmp_path / "moved")
+    assert pr.load(moved).fingerprint == llama.fingerprint
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"transformers_version": "6.0.0"}))
+    assert pr.load(moved).fingerprint == llama.fingerprint
+    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert pr.load(moved).fingerprint != llama.fingerprint
 
 
 def test_the_head_gives_the_logits_of_the_model(teacher, blocks):

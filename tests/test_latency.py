@@ -74,3 +74,8 @@ def test_a_run_with_a_budget_of_time(invoke, clock, whole_model, corpus, tmp_pat
     (limit,) = found["budget"]["limits"]
     assert limit["unit"] == "µs"
     assert found["candidates"][0]["chosen"]
+    result = invoke("compress", str(tmp_path / "run"), "--set", "evaluate.speed=false")
+    assert result.exit_code == 0, result.stderr
+    (reported,) = json.loads((tmp_path / "run" / "5-report.json").read_text())["budget"]["limits"]
+    assert reported == limit | {"counted": None}
+    assert "latency" in (tmp_path / "run" / "report.html").read_text()

@@ -115,8 +115,8 @@ def test_a_batch_that_ranks_cannot_share_is_refused(setting, tmp_path):
 
 
 def test_ranks_run_the_whole_pipeline_together(whole_model, corpus, tmp_path):
-    """The first rank does alone what is not training; a second call finds everything done."""
-    flags = small_flags(corpus, tmp_path / "run")
+    """The first rank does alone what is not the training, a tournament too; a second call finds everything done."""
+    flags = [*small_flags(corpus, tmp_path / "run"), "--set", "search.tokens=512"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *launch, "-m", "prunus", "compress", str(whole_model), *flags]
     for _ in range(2):

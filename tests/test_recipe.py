@@ -66,7 +66,7 @@ def test_override_replaces_what_is_given_and_nothing_else():
     values = {"a": {"b": 1, "c": 2}, "d": 3}
     assert override(values, {"a.b": 5, "d": None, "e.f.g": "x"}) == {
         "a": {"b": 5, "c": 2},
-        "d": 3,
+        "d": None,
         "e": {"f": {"g": "x"}},
     }
     assert values == {"a": {"b": 1, "c": 2}, "d": 3}

@@ -43,6 +43,11 @@ def test_least_squares_finds_the_map_and_keeps_the_start_where_the_text_is_silen
     torch.testing.assert_close(found[:, :4], truth[:, :4], rtol=1e-3, atol=1e-3)
 
 
+def test_least_squares_keeps_the_start_of_a_dead_layer():
+    start = torch.randn(3, 5)
+    torch.testing.assert_close(LeastSquares(torch.zeros(5, 5))(torch.zeros(3, 5), start), start)
+
+
 def test_least_squares_refuses_a_broken_gram_matrix():
     with pytest.raises(ValueError, match="positive definite"):
         LeastSquares(-torch.eye(3))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, small_flags
 from test_pipeline import make_recipe
 
 from prunus import pipeline, recipe
@@ -24,7 +24,7 @@ from prunus.sizes import members
 def test_no_round_takes_more_than_a_third(whole_model, corpus, tmp_path, params, rounds):
     run = Run(tmp_path, make_recipe(whole_model, corpus, tmp_path, params=params, distill={"tokens": 6000}))
     sizes, before = [run.teacher.parameters], run
-    assert run.rounds == rounds
+    assert run.rounds.count == rounds
     parts = []
     while before.larger is not None:
         parts.append(before.larger)
@@ -33,7 +33,7 @@ def test_no_round_takes_more_than_a_third(whole_model, corpus, tmp_path, params,
     sizes.append(round(float(params[:-1]) * run.teacher.parameters))
     assert all(small >= 0.66 * large for large, small in itertools.pairwise(sizes))
     assert [part.distill.tokens for part in parts] == [6000 * n // rounds for n in range(rounds - 1, 0, -1)]
-    assert Run(tmp_path, run.recipe.model_copy(update={"rounds": False})).rounds == 1
+    assert Run(tmp_path, run.recipe.model_copy(update={"rounds": False})).rounds.count == 1
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,66 @@ def test_a_run_that_is_killed_between_its_rounds_ends_with_the_same_bits(in_roun
     assert all(torch.equal(student.tensor(name), undisturbed.tensor(name)) for name in undisturbed.stored)
 
 
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: model.tensor(name) for name in model.stored}
+
+
+def assert_same_bits(found, expected) -> None:
+    assert found.architecture == expected.architecture
+    assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(found).items())
+
+
+def test_a_run_in_rounds_is_redone_from_its_larger_student_on(whole_model, corpus, tmp_path):
+    """As if it had been made with the new recipe in the first place."""
+
+    def made(name: str, rate: float, **options: bool) -> Run:
+        settings = SMALL["distill"] | {"learning_rate": rate}
+        values = {"params": "0.5x", "distill": settings, "stop_after": "distill"}
+        return compress(make_recipe(whole_model, corpus, tmp_path / name, **values), **options)
+
+    made("again", 1e-5)
+    with pytest.raises(BadOutput, match=r"distill.*the larger student|the larger student.*distill"):
+        made("again", 1e-3)
+    assert_same_bits(made("again", 1e-3, redo=True).distilled, made("fresh", 1e-3).distilled)
+
+
+def test_the_baseline_has_the_tokens_of_all_rounds(whole_model, corpus, tmp_path):
+    values = {"params": "0.5x", "baseline": True, "stop_after": "distill"}
+    run = compress(make_recipe(whole_model, corpus, tmp_path / "run", **values))
+    folders = (LARGER + "/4-distilled", "4-distilled", "4-baseline")
+    larger, student, baseline = (
+        json.loads((run.root / folder / "training.json").read_text())["tokens"] for folder in folders
+    )
+    assert baseline == larger + student == SMALL["distill"]["tokens"]
+
+
+def test_a_limit_that_the_larger_student_keeps_already(whole_model, corpus, tmp_path):
+    run = compress(make_recipe(whole_model, corpus, tmp_path / "run", params="0.5x", kv_cache="0.9x"))
+    params, kv_cache = json.loads((run.root / "5-report.json").read_text())["budget"]["limits"]
+    assert params["counted"] == pytest.approx(params["target"], rel=0.01)
+    assert kv_cache["counted"] <= kv_cache["target"]
+    further = {"to": str(tmp_path / "other"), "start": str(run.path("distill")), "params": "0.8x", "kv_cache": None}
+    with pytest.raises(BadRecipe, match="keeps its budget already"):
+        compress(run.recipe.model_copy(update=further))
+
+
+def test_a_plan_knows_the_rounds(invoke, whole_model, corpus, tmp_path):
+    values = [str(whole_model), *small_flags(corpus, tmp_path / "run", budget=("--params", "0.35x")), "--json"]
+    machine = ("--gpus", "1", "--tflops", "1", "--gigabytes", "80", "--set", "distill.micro_blocks=4")
+    plans = [json.loads(invoke("plan", *values, *machine, "--set", f"rounds={r}").stdout) for r in ("true", "false")]
+    whole = plans[0]["teacher"]["parameters"]
+    larger = [each["parameters"] for each in plans[0]["larger_students"]]
+    assert larger == pytest.approx([0.35 ** (1 / 3) * whole, 0.35 ** (2 / 3) * whole], rel=0.02)
+    assert [each["tokens"] for each in plans[0]["larger_students"]] == [1024 // 3 // 128 * 128] * 2
+    assert plans[1]["larger_students"] == []
+    assert plans[0]["peak_memory_bytes"] > plans[1]["peak_memory_bytes"]
+    assert plans[0]["disk_bytes"] > 3 * plans[1]["disk_bytes"]
+    assert plans[0]["writes"][0].endswith(LARGER)
+    assert plans[0]["seconds"]["larger student"] > plans[0]["seconds"]["distill"]
+    shown = invoke("plan", *values[:-1]).stdout
+    assert shown.count("In rounds: first a student of") == 2
+
+
 @pytest.fixture(scope="module")
 def several(whole_model, corpus, tmp_path_factory) -> recipe.Recipe:
     settings = SMALL["distill"] | {"teacher_cache": "samples"}
@@ -122,6 +182,18 @@ def test_each_size_is_cut_out_of_the_next_larger_one(several):
     assert small.distilled.parameters == pytest.approx(0.7 * small.teacher.parameters, rel=0.01)
     files = ("0-text/train/tokens.npy", "4-teacher-cache/manifest.json")
     assert all((small.root / file).samefile(large.root / file) for file in files)
+
+
+def test_a_size_whose_larger_one_was_redone_is_redone(whole_model, corpus, tmp_path):
+    def made(name: str, rate: float, **options: bool) -> Run:
+        settings = SMALL["distill"] | {"learning_rate": rate}
+        values = {"params": "0.9x,0.8x", "distill": settings, "stop_after": "distill"}
+        return compress(make_recipe(whole_model, corpus, tmp_path / name, **values), **options)
+
+    made("again", 1e-5)
+    again, fresh = made("again", 1e-3, redo=True), made("fresh", 1e-3)
+    assert again.parent.fingerprint == fresh.parent.fingerprint
+    assert_same_bits(again.distilled, fresh.distilled)
 
 
 def test_the_page_of_all_sizes(several):
@@ -150,6 +222,10 @@ def test_the_command_line_shows_every_size(invoke, several):
     assert all(size in shown.stdout for size in ("0.9x", "0.7x", "report.html"))
     runs = json.loads(invoke("compress", several.to, "--json").stdout)["runs"]
     assert all((Path(run) / "4-distilled").is_dir() for run in runs)
+    page = Path(several.to) / "report.html"
+    page.unlink()
+    assert invoke("report", several.to).exit_code == 0
+    assert page.is_file()
     refused = invoke("plan", several.to)
     assert refused.exit_code == 2
     assert "one size at a time" in refused.stderr

@@ -85,6 +85,15 @@ def test_the_limit_that_cannot_be_kept_is_named(llama):
         legal_architectures(llama.family, llama.architecture, budget)
 
 
+def test_an_axis_whose_every_legal_size_is_odd_to_others_stays(tmp_path):
+    """Mamba-2's inner channels are hidden · expand, so a head_dim that is no power of two leaves no smaller one."""
+    teacher = tiny_model("mamba2", tmp_path, num_heads=8, head_dim=12)
+    budget = parse_budget(teacher, params="0.76x")
+    found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=0.05)
+    assert len(found) > 1
+    assert all(abs(budget.use(target) - 1) <= 0.05 for target in found)
+
+
 def test_a_budget_that_nothing_meets_gives_the_nearest_and_says_so(tmp_path, blocks):
     lumpy = tiny_model("llama", tmp_path, intermediate_size=1, num_hidden_layers=1, num_attention_heads=3,
                        num_key_value_heads=3, hidden_size=24)  # fmt: skip

@@ -23,7 +23,7 @@ LAYERS = """
     row_blocks fused memory prune pieces vocabulary evaluate tasks
     schedule masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
-    console recipe sides run sizes results inspection planning standalone pipeline cli __main__
+    console recipe sides rounds run claims sizes results inspection planning standalone pipeline cli __main__
 """
 ORDER = re.split(r"\s+", LAYERS.strip())
 """A module imports only from modules before it. `families` is its __init__, which finds the files by their names."""

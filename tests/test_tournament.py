@@ -1,12 +1,13 @@
 """Candidates trained a little: who is dropped when, what it costs, and a kill on the way."""
 
+import contextlib
 import itertools
 import json
 import math
-import shutil
 
 import pytest
-from conftest import add_tokenizer, small_flags
+from conftest import SMALL, add_tokenizer, small_flags
+from test_pipeline import make_recipe
 from transformers import AutoTokenizer
 
 from prunus import side_by_side
@@ -15,6 +16,7 @@ from prunus.documents import documents
 from prunus.errors import BadRecipe, Stopped
 from prunus.importance import score
 from prunus.measure import measure
+from prunus.pipeline import compress
 from prunus.prune import prune
 from prunus.schedule import Settings
 from prunus.text import tokenise
@@ -152,4 +154,33 @@ def test_a_run_with_a_tournament(invoke, whole_model, corpus, tmp_path):
     assert trained[0]["chosen"]
     assert trained[0]["trained"]["losses"][-1] <= trained[1]["trained"]["losses"][-1]
     assert not (tmp_path / "run" / ".tournament").exists()
-    shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kill", [True, False])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"score": {"ffn": "magnitude", "hidden": "random"}},
+        {"prune": SMALL["prune"] | {"repair": False}},
+        {"distill": SMALL["distill"] | {"learning_rate": 1e-3}},
+    ],
+    ids=lambda others: next(iter(others)),
+)
+def test_a_redone_search_is_as_a_fresh_one(whole_model, corpus, tmp_path, monkeypatch, others, kill):
+    """Whether it was killed in its tournament or came to its end."""
+
+    def made(name: str, **changes: object) -> list[tuple[object, object]]:
+        values = {"search": SMALL["search"] | {"tokens": 512}, "stop_after": "search"} | changes
+        run = compress(make_recipe(whole_model, corpus, tmp_path / name, **values), redo=True)
+        return [(each["architecture"], each["trained"]) for each in run.candidates["candidates"]]
+
+    def killed(*_: object, **__: object) -> None:
+        raise Stopped("killed")
+
+    with monkeypatch.context() as patched:
+        if kill:
+            patched.setattr(module, "distill", killed)
+        with pytest.raises(Stopped) if kill else contextlib.nullcontext():
+            made("again")
+    assert (tmp_path / "again" / ".tournament").is_dir() == kill
+    assert made("again", **others) == made("fresh", **others)

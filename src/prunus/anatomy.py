@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -22,6 +24,11 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     body = body_of(model)
     count = body.config.num_hidden_layers
     return next(module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """Tokens of the longest text that the model knows the positions of; where any will do, more than there can be."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

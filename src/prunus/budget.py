@@ -184,7 +184,7 @@ def parse_budget(
         rates: see `Costs`; a limit of latency needs them.
         limits: those that are None do not count.
     Raises:
-        BadRecipe: none at all, not a quantity, or not below the model's own.
+        BadRecipe: none at all, not a quantity, more than the whole has, or none that the model does not keep already.
     """
     given = {kind: text for kind, text in limits.items() if text is not None}
     if not given:
@@ -194,7 +194,11 @@ def parse_budget(
     theirs = mine
     if whole is not None:
         theirs = {kind: LIMITS[kind].of(_costs_of(whole, context, rates), whole.architecture) for kind in given}
-    return Budget(costs, tuple(_limit(kind, text, mine[kind], theirs[kind]) for kind, text in given.items()))
+    found = tuple(_limit(kind, text, theirs[kind]) for kind, text in given.items())
+    if all(limit.target > mine[limit.kind] for limit in found):  # one of several may hold already
+        held = ", ".join(f"{limit} is {limit.target:,}, and it has {mine[limit.kind]:,}" for limit in found)
+        raise BadRecipe(f"{model.name} keeps its budget already ({held}); pruning only removes")
+    return Budget(costs, found)
 
 
 def _costs_of(
@@ -204,14 +208,14 @@ def _costs_of(
     return Costs(model.family, shapes, model.dtype.itemsize, context, rates or {})
 
 
-def _limit(kind: str, text: str, most: int, whole: int) -> Limit:
-    """Args: `most` that the model has, `whole` that shares are of."""
+def _limit(kind: str, text: str, whole: int) -> Limit:
+    """Args: `whole` that shares are of."""
     suffixes = LIMITS[kind].suffixes
     try:
         share = parse_share(check_amount(text, suffixes))
     except ValueError as error:
         raise BadRecipe(f"{kind}: {error}") from error
     target = round(share * whole if share is not None else parse_quantity(text, suffixes))
-    if not 0 < target <= most:
-        raise BadRecipe(f"{kind}: {text} is {target:,}, but the model has {most:,}; pruning only removes")
+    if not 0 < target <= whole:
+        raise BadRecipe(f"{kind}: {text} is {target:,}, but the model has {whole:,}; pruning only removes")
     return Limit(kind, text, target)

@@ -89,10 +89,18 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         return self.stored[f"{self.family.embedding}.weight"].parts().dtype
 
+    @property
+    def positions(self) -> int:
+        """See `anatomy.positions`."""
+        return anatomy.positions(self.config)
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over the weights and the config: names this model in scores, caches and reports."""
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        """sha256 over the weights and the config: names this model in scores, caches and reports, wherever it lies and
+        whichever transformers reads it."""
+        config = json.loads((self.folder / "config.json").read_text())
+        config.pop("transformers_version", None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for file in self.files:
             digest.update(sha256(file))
         return digest.hexdigest()

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import yaml
@@ -16,6 +16,10 @@ from rich.markup import escape
 
 from prunus import console
 from prunus.errors import BadRecipe, PrunusError, Stopped
+
+if TYPE_CHECKING:  # a command imports what it needs, so that --help is there at once
+    from prunus.recipe import Recipe
+    from prunus.run import Run
 
 INTERRUPTED = 130
 
@@ -68,7 +72,8 @@ def _recipe(
     if file is not None and not file.is_file():
         raise BadRecipe(f"{file}: no such recipe")
     values = (defaults or {}) | ({"model": source} if file is None else recipe.read_yaml(file))
-    changes |= _settings(settings)
+    values |= {"to": source} if is_run(path) else {}  # it may have been moved, or be a copy
+    changes = {key: value for key, value in changes.items() if value is not None} | _settings(settings)
     budgets = (*LIMITS, "arch")
     # On the command line a budget replaces the recipe's, of whatever kind.
     if any(changes.get(key) is not None for key in budgets):
@@ -93,20 +98,29 @@ def _settings(settings: list[str] | None) -> dict[str, Any]:
 def _run(
     stage: str, source: str, changes: dict[str, Any], settings: list[str] | None, redo: bool, as_json: bool
 ) -> None:
-    from prunus import results
-    from prunus.pipeline import compress
-    from prunus.recipe import STAGES
+    from prunus.pipeline import compress, report_again
     from prunus.run import is_run
 
     again = stage if is_run(Path(source)) and stage != "compress" else None
+    if again == "report":
+        recipe = _recipe(source, changes, settings)
+        _show(report_again(recipe), recipe, as_json)
+        return
     if stage != "compress":
         changes["stop_after"] = stage
     elif is_run(Path(source)) and changes["stop_after"] is None:
         changes["stop_after"] = "report"  # the run may have been stopped earlier; now everything is asked for
     recipe = _recipe(source, changes, settings)
     run = compress(recipe, redo=redo or again is not None, redo_stage=again)
-    if not console.FIRST:
-        return
+    if console.FIRST:
+        _show(run, recipe, as_json)
+
+
+def _show(run: Run, recipe: Recipe, as_json: bool) -> None:
+    """What a command made, in the run that it ended with."""
+    from prunus import results
+    from prunus.recipe import STAGES
+
     several = len(recipe.sizes) > 1
     if as_json:
         files = {name: str(run.path(name)) for name in STAGES if run.finished(name)}
@@ -194,8 +208,8 @@ def plan(
     tokens: Tokens = None,
     to: To = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs instead of for this machine.")] = None,
-    tflops: Annotated[float, typer.Option(help="GEMM rate of each of them, in TFLOP/s.")] = 600,
-    gigabytes: Annotated[float, typer.Option(help="Memory of each of them.")] = 80,
+    tflops: Annotated[float, typer.Option(min=0.001, help="GEMM rate of each of them, in TFLOP/s.")] = 600,
+    gigabytes: Annotated[float, typer.Option(min=0.0001, help="Memory of each of them.")] = 80,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -269,7 +283,9 @@ def distill(
     from prunus.run import is_run
 
     if is_run(Path(student)) or Path(student).suffix in (".yaml", ".yml"):
-        changes = {"data.train": data, "data.heldout": heldout, "distill.tokens": tokens}
+        if teacher is not None:
+            raise BadRecipe(f"--teacher: {student} names its own; --set model={teacher} makes another run of it")
+        changes = {"data.train": data, "data.heldout": heldout, "distill.tokens": tokens, "to": to and str(to)}
         _run("distill", student, changes, settings, redo=is_run(Path(student)), as_json=as_json)
         return
     missing = [name for name, value in (("--teacher", teacher), ("--data", data), ("--to", to)) if value is None]
@@ -289,9 +305,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A model, or the folder of a run.")],
     teacher: Annotated[str | None, typer.Option(help="Also KL and agreement with this model.")] = None,
     data: DataOption = None,
-    tokens: Annotated[str, typer.Option(help="Tokens of text to measure on.")] = "64k",
+    tokens: Annotated[str | None, typer.Option(help="Tokens of text to measure on. Default: 64k.")] = None,
     tasks: Tasks = None,
-    limit: Annotated[int | None, typer.Option(help="Rows of each task. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task. Default: all.")] = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -301,10 +317,18 @@ def evaluate(
 
     chosen = tasks.split(",") if tasks else []
     if is_run(Path(model)):
+        given = {"--teacher": teacher, "--data": data, "--tokens": tokens}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise BadRecipe(
+                f"{', '.join(unused)}: a run is measured on its own held-out text and against its own teacher; "
+                f"for others: prunus evaluate {model}/4-distilled …"
+            )
         changes = {"evaluate.tasks": chosen or None, "evaluate.limit": limit}
         _run("evaluate", model, changes, settings, redo=True, as_json=as_json)
         return
-    result = standalone.evaluate(model, teacher=teacher, data=data, tokens=tokens, tasks=chosen, limit=limit)
+    values = {"tasks": chosen, "limit": limit}
+    values |= {key.removeprefix("evaluate."): value for key, value in _settings(settings).items()}
+    result = standalone.evaluate(model, teacher=teacher, data=data, tokens=tokens or "64k", settings=values)
     typer.echo(json.dumps(result)) if as_json else standalone.show(result)
 
 

@@ -133,9 +133,13 @@ def speed(
 
     After a warm-up of each, the models take turns (A B A B), so that a busy moment of the machine hits all of them.
     What counts is a model's share of its turn, the median over `repeats`: the machine is faster in one turn than in
-    another. The decode rate excludes the prefill; the prompt is random tokens, the same for all. Models run as
-    transformers alone runs them, which is what a user of the checkpoint will see.
+    another. The decode rate excludes the prefill; the prompt is random tokens, the same for all, and shorter where a
+    model knows too few positions. Models run as transformers alone runs them, which is what a user of the checkpoint
+    will see.
     """
+    known = _positions(models.values())
+    new_tokens = min(new_tokens, known // 2)
+    prompt_tokens = min(prompt_tokens, known - new_tokens)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with hardware.plain(models.values()), evaluation_mode(models.values()), torch.inference_mode():
         for model in models.values():
@@ -147,6 +151,11 @@ def speed(
         _typical({name: [run[part] for run in runs] for name, runs in seconds.items()}) for part in (0, 1)
     )
     return {name: Speed(prompt_tokens / prefill[name], new_tokens / decode[name]) for name in models}
+
+
+def _positions(models: Iterable[PreTrainedModel]) -> int:
+    """That all of them know."""
+    return min(anatomy.positions(model.config) for model in models)
 
 
 def _typical(seconds: Mapping[str, list[float]]) -> dict[str, float]:
@@ -290,6 +299,7 @@ def _greedy(model: PreTrainedModel, tokens_1S: Tensor) -> Iterator[int]:
 
 def _continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
     prompt_1S = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    max_new_tokens = max(0, min(max_new_tokens, _positions([model]) - prompt_1S.shape[1]))
     ends = _end_tokens(model)
     new = list(
         itertools.takewhile(

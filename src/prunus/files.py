@@ -27,6 +27,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         BadOutput: the disk is full.
     """
+    folder = folder.absolute()  # "." has no name
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

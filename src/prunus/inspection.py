@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prunus.architecture import AXES
@@ -39,7 +40,7 @@ def show(checkpoint: Checkpoint) -> None:
     """Print the tables for a reader."""
     found, console = facts(checkpoint), Console(highlight=False)
     console.print(
-        f"[bold]{checkpoint.name}[/bold]  {found['model_type']}, {checkpoint.parameters:,} parameters, "
+        f"[bold]{escape(checkpoint.name)}[/bold]  {found['model_type']}, {checkpoint.parameters:,} parameters, "
         f"{checkpoint.bytes / 1e6:,.0f} MB, {str(checkpoint.dtype).removeprefix('torch.')}"
     )
     axes = Table("axis", "size", "next legal size", "meaning", box=None, header_style="bold")

@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +42,10 @@ STATE = "state.json"
 Value = TypeVar("Value")
 
 
+_acting_alone: ContextVar[bool] = ContextVar("acting_alone", default=False)
+"""True while the first rank does what the others wait for."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those that train together."""
@@ -57,12 +62,19 @@ class World:
         return self.size > 1
 
 
-@functools.cache
+ALONE = World(0, 1)
+
+
 def world() -> World:
     """The ranks that torchrun started, connected; or this process alone."""
+    return ALONE if _acting_alone.get() else _ranks()
+
+
+@functools.cache
+def _ranks() -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1)
+        return ALONE
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # gloo beside nccl: checkpoints and small objects travel on the CPU.
@@ -71,7 +83,7 @@ def world() -> World:
 
 
 def first_alone(task: Callable[[], object]) -> None:
-    """The first rank does it while the others wait.
+    """The first rank does it while the others wait; what it trains meanwhile, it trains in a world of its own.
 
     Raises:
         SystemExit: in the other ranks, where the first one failed: it says why.
@@ -83,7 +95,11 @@ def first_alone(task: Callable[[], object]) -> None:
     failed = [True]
     try:
         if here.first:
-            task()
+            token = _acting_alone.set(True)
+            try:
+                task()
+            finally:
+                _acting_alone.reset(token)
             failed = [False]
     finally:
         dist.broadcast_object_list(failed)

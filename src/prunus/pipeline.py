@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,14 @@ from prunus import (
     side_by_side,
     tasks,
     text,
+    trackers,
 )
-from prunus.budget import LIMITS, parse_budget
+from prunus.budget import LIMITS, parse_budget, parse_share
 from prunus.checkpoint import Checkpoint, load
+from prunus.claims import claim, claim_family
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, chat_template, shuffled
-from prunus.errors import BadRecipe
+from prunus.errors import BadOutput, BadRecipe
 from prunus.files import atomic_file, share
 from prunus.measure import measure, save_statistics
 from prunus.prune import prune
@@ -43,10 +45,8 @@ from prunus.run import (
     TOURNAMENT,
     Run,
     check_folder,
-    claim,
     open_run,
     write_json,
-    write_recipe,
 )
 from prunus.schedule import Settings
 from prunus.scores import save_scores
@@ -66,7 +66,7 @@ def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = Non
 
     Args:
         recipe: everything the run depends on.
-        redo, redo_stage: see `run.claim`.
+        redo, redo_stage: see `claims.claim`.
         beside: a run whose text and whose cache of the teacher this one shares.
     Returns:
         the run; its files hold the results.
@@ -87,6 +87,23 @@ def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = Non
         return run
 
 
+def report_again(recipe: Recipe) -> Run:
+    """The page and the model card from what a run holds, and of several sizes the page of all; nothing else is done."""
+    if len(recipe.sizes) > 1:
+        sizes = members(recipe)
+        if missing := [size.params for size in sizes if not Run(Path(size.to), size).finished("evaluate")]:
+            raise BadOutput(
+                f"{recipe.to}: {' and '.join(map(str, missing))} not evaluated yet; prunus compress {recipe.to} goes on"
+            )
+        runs = [report_again(size) for size in sizes]
+        _report_family(runs, Path(recipe.to))
+        return runs[-1]
+    run = open_run(recipe)
+    with claim(run):
+        _do("report", run)
+    return run
+
+
 def _share(run: Run, beside: Path) -> None:
     names = [TEXT, *([TEACHER_CACHE] if run.recipe.distill.teacher_cache else [])]
     for name in names:
@@ -97,15 +114,20 @@ def _share(run: Run, beside: Path) -> None:
 def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
     """A run for each size, on the same text and taught by the same teacher; the last is the smallest."""
     root, sizes, runs = check_folder(Path(recipe.to)), members(recipe), list[Run]()
-    parallel.first_alone(lambda: write_recipe(recipe, root))
-    for member in sizes:
-        console.heading(f"{member.params}:")
-        runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
-    if recipe.stop_after == "report":
-        family = results.family(runs)
-        parallel.first_alone(lambda: write_json(root / results.FAMILY, family))
-        parallel.first_alone(lambda: write_family(family, root / "report.html"))
+    with contextlib.ExitStack() as stack:
+        parallel.first_alone(lambda: stack.enter_context(claim_family(recipe, sizes[0])))
+        for member in sizes:
+            console.heading(f"{member.params}:")
+            runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
+        if recipe.stop_after == "report":
+            parallel.first_alone(lambda: _report_family(runs, root))
     return runs[-1]
+
+
+def _report_family(runs: Sequence[Run], root: Path) -> None:
+    family = results.family(runs)
+    write_json(root / results.FAMILY, family)
+    write_family(family, root / "report.html")
 
 
 def _make_larger(run: Run) -> None:
@@ -116,6 +138,7 @@ def _make_larger(run: Run) -> None:
         return
     console.heading(f"a larger student first, of {int(recipe.params or 0):,} parameters:")
     compress(recipe, redo=True, beside=run.root)
+    run.settle()
     console.heading(f"then {run.recipe.params} out of it:")
     if recipe.distill.teacher_cache is not None:
         parallel.first_alone(lambda: share(larger / TEACHER_CACHE, run.root / TEACHER_CACHE))
@@ -139,13 +162,21 @@ def _check_goal(run: Run) -> None:
     """Refuse an architecture or budget that cannot be had before hours of work, or of results, are spent on it."""
     recipe, model = run.recipe, run.first
     side_by_side.check(recipe.search.workers)
+    trackers.check(recipe.distill.trackers)
+    if not run.finished("evaluate") and STAGES.index(recipe.stop_after) >= STAGES.index("evaluate"):
+        tasks.check_all([tasks.from_recipe(task) for task in recipe.evaluate.tasks])
+    known = min(model.positions, run.teacher.positions)
+    if recipe.data.block_size > known:
+        raise BadRecipe(f"data.block_size: {recipe.data.block_size} tokens, but the model knows {known} positions")
+    if recipe.latency and (parse_share(recipe.latency) or 0) > 1:
+        raise BadRecipe(f"latency: {recipe.latency} is more than the model takes; pruning only removes")
     if recipe.arch is not None:
         target = architecture.parse(recipe.arch, model.architecture)
         check_legal(model.family, model.architecture, target)
     else:
-        known = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
-        if any(known[kind] for kind in LIMITS):
-            budget = parse_budget(model, whole=run.teacher, **known)
+        counted = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
+        if any(counted[kind] for kind in LIMITS):
+            budget = parse_budget(model, whole=run.teacher, **counted)
             legal_architectures(model.family, model.architecture, budget, tolerance=recipe.search.tolerance)
 
 
@@ -295,18 +326,20 @@ def _distill(run: Run) -> None:
     """Train the student on its teacher; with `baseline` also its shape from random weights."""
     options = run.recipe.distill
     settings = Settings(**options.hyperparameters())
-    if run.rounds > 1:  # the earlier ones had theirs
-        settings = replace(settings, tokens=(settings.tokens or run.train.num_tokens) // run.rounds)
+    tokens = settings.tokens or run.train.num_tokens
+    rounds = run.rounds.count  # the earlier ones had their tokens
+    own = settings if rounds == 1 else replace(settings, tokens=tokens // rounds)
     # The result, and float32 weights with Adam's two moments while it is under way.
     run.require_space(run.pruned.bytes + 12 * run.pruned.parameters, "distillation")
     teacher = run.teacher if options.teacher_cache is None else _teacher_cache(run, options.teacher_cache)
     pairs = None
     if settings.hidden_loss is not None:
         pairs = hidden.pairs(run.pruned, run.teacher, count=settings.hidden_layers, cut=run.parent is run.teacher)
-    starts = {run.path("distill"): False} | ({run.root / BASELINE: True} if run.recipe.baseline else {})
-    for to, random_init in starts.items():
+    starts = {run.path("distill"): own} | ({run.root / BASELINE: settings} if run.recipe.baseline else {})
+    for to, training in starts.items():
         if to.exists():
             continue
+        random_init = to.name == BASELINE
         name = "random init" if random_init else "student"
         with console.bar(name, unit="tokens") as step, tracked(options.trackers, f"{run.root.name} {name}") as track:
             distill(
@@ -314,7 +347,7 @@ def _distill(run: Run) -> None:
                 teacher,
                 run.train,
                 to=to,
-                settings=settings,
+                settings=training,
                 pairs=pairs,
                 validation=run.validation if settings.evaluate_every else None,
                 gradient_checkpointing=options.gradient_checkpointing,

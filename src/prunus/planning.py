@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from prunus.budget import Budget, parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.console import duration
 from prunus.errors import BadRecipe
-from prunus.recipe import Recipe
-from prunus.run import OUTPUTS
-from prunus.schedule import Settings
+from prunus.recipe import STAGES, Recipe
+from prunus.rounds import recipe_of_larger, rounds
+from prunus.run import LARGER, OUTPUTS
+from prunus.schedule import Plan, Settings
 from prunus.schedule import plan as plan_training
 from prunus.search import probe_architectures
 from prunus.selection import check_legal
@@ -60,65 +63,139 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     """
     if len(recipe.sizes) > 1:
         raise BadRecipe(f"plan: one size at a time, such as --params {recipe.sizes[0]}")
-    teacher = load(recipe.model, uneven=recipe.uneven)
-    budget = None
-    if recipe.arch is not None:
-        target, count = parse(recipe.arch, teacher.architecture), 1
-        check_legal(teacher.family, teacher.architecture, target)
-    elif recipe.latency is not None:
+    if recipe.latency is not None:
         raise BadRecipe("plan: what a token takes is measured in the run itself; give --params for a plan")
-    else:
-        budget = parse_budget(teacher, **recipe.limits)
-        found = legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
-        target, count = _most_similar(teacher.architecture, found), len(found)
     if recipe.distill.tokens is None:
         raise BadRecipe("plan: the time depends on the amount of text; give --tokens")
-    schedule = plan_training(
-        Settings(**recipe.distill.hyperparameters()),
-        hidden=target.hidden,
-        num_blocks=recipe.distill.tokens // recipe.data.block_size,
-        block_size=recipe.data.block_size,
-    )
-    machine = machine or this_machine()
-    parts = _memory(teacher, target, recipe, schedule.batch_blocks, machine)
-    micro_blocks = parts.pop("micro_blocks")
+    machine, teacher = machine or this_machine(), load(recipe.model, uneven=recipe.uneven)
+    first = teacher if recipe.start is None else load(recipe.start)
+    found: list[Round] = []
+    for each, tokens in _in_rounds(recipe, first, teacher):
+        before = found[-1].target if found else first.architecture
+        found.append(_round(each, tokens, before, first, teacher, machine))
+    *earlier, last = found
+    heaviest = max(found, key=lambda each: sum(each.memory.values()))
+    ahead = sum(sum(each.seconds.values()) for each in earlier)
+    files = [*([LARGER] if earlier else []), *(name for names in OUTPUTS.values() for name in names)]
     return {
         "teacher": _facts(teacher, teacher.architecture),
-        "student": _facts(teacher, target),
-        "budget": {limit.kind: limit.target for limit in budget.limits} if budget else {},
-        "legal_architectures": count,
-        "training": asdict(schedule) | {"tokens": schedule.tokens, "micro_blocks": micro_blocks},
-        "peak_memory_bytes": sum(parts.values()),
-        "peak_memory_parts": parts,
-        "search_memory_bytes": _search_memory(teacher, target, budget, recipe, machine) if budget else 0,
-        "repair_memory_bytes": _repair_memory(teacher, target, recipe, machine),
+        "student": _facts(first, last.target),
+        "budget": last.limits,
+        "legal_architectures": last.legal_architectures,
+        "larger_students": [
+            {"parameters": _parameters(first, each.target), "tokens": each.schedule.tokens} for each in earlier
+        ],
+        "training": asdict(last.schedule) | {"tokens": last.schedule.tokens, "micro_blocks": last.micro_blocks},
+        "peak_memory_bytes": sum(heaviest.memory.values()),
+        "peak_memory_parts": heaviest.memory,
+        "search_memory_bytes": max(each.search_memory for each in found),
+        "repair_memory_bytes": max(each.repair_memory for each in found),
         "gpus": machine.gpus,
-        "seconds": seconds(teacher, target, recipe, schedule.tokens, machine),
-        "writes": [f"{recipe.to}/{name}" for names in OUTPUTS.values() for name in names],
-        "disk_bytes": 4 * teacher.dtype.itemsize * _parameters(teacher, target),
+        "seconds": {**({"larger student": ahead} if earlier else {}), **last.seconds},
+        "writes": [f"{recipe.to}/{name}" for name in files],
+        "disk_bytes": sum(4 * first.dtype.itemsize * _parameters(first, each.target) for each in found),
     }
 
 
+def _in_rounds(recipe: Recipe, first: Checkpoint, teacher: Checkpoint) -> list[tuple[Recipe, int]]:
+    """Of each cut the recipe, and the tokens that its student is trained on, in the order in which they are made."""
+    there, tokens = rounds(recipe, first, teacher), recipe.distill.tokens or 0
+    larger = recipe_of_larger(recipe, there, tokens=tokens, to=Path(recipe.to) / LARGER)
+    earlier = _in_rounds(larger, first, teacher) if larger else []
+    return [*earlier, (recipe, tokens // there.count)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one cut and its training need.
+
+    Attributes:
+        target: its architecture.
+        limits: of the budget, by kind.
+        legal_architectures: that meet it.
+        memory: of the training, bytes by what they hold.
+        search_memory, repair_memory: bytes.
+        seconds: by stage.
+    """
+
+    target: Architecture
+    limits: Mapping[str, int]
+    legal_architectures: int
+    schedule: Plan
+    micro_blocks: int
+    memory: Mapping[str, int]
+    search_memory: int
+    repair_memory: int
+    seconds: Mapping[str, float]
+
+
+def _round(
+    recipe: Recipe, tokens: int, before: Architecture, first: Checkpoint, teacher: Checkpoint, machine: Machine
+) -> Round:
+    """Plan one of the cuts.
+
+    Args:
+        recipe: of this round.
+        tokens: that its student is trained on.
+        before: what is cut. In a later round its tensors are not there yet: the memory of the search and the repair is
+            counted as if they started from `first`, which takes more.
+        first: what the first round cuts.
+    """
+    budget = None
+    if recipe.arch is not None:
+        target, count = parse(recipe.arch, first.architecture), 1
+        check_legal(first.family, first.architecture, target)
+    else:
+        budget = parse_budget(first, whole=teacher, **recipe.limits)
+        found = legal_architectures(first.family, first.architecture, budget, tolerance=recipe.search.tolerance)
+        target, count = _most_similar(before, found), len(found)
+    block_size, settings = recipe.data.block_size, Settings(**recipe.distill.hyperparameters())
+    schedule = plan_training(
+        replace(settings, tokens=tokens),
+        hidden=target.hidden,
+        num_blocks=tokens // block_size,
+        block_size=block_size,
+    )
+    parts = _memory(first, target, teacher.parameters, recipe, schedule.batch_blocks, machine)
+    micro_blocks = parts.pop("micro_blocks")
+    return Round(
+        target=target,
+        limits={limit.kind: limit.target for limit in budget.limits} if budget else {},
+        legal_architectures=count,
+        schedule=schedule,
+        micro_blocks=micro_blocks,
+        memory=parts,
+        search_memory=_search_memory(first, target, budget, recipe, machine) if budget else 0,
+        repair_memory=_repair_memory(first, target, recipe, machine),
+        seconds=_seconds(recipe, schedule.tokens, before, target, first, teacher, machine),
+    )
+
+
 def _memory(
-    teacher: Checkpoint, target: Architecture, recipe: Recipe, batch_blocks: int, machine: Machine
+    first: Checkpoint,
+    target: Architecture,
+    teacher_parameters: int,
+    recipe: Recipe,
+    batch_blocks: int,
+    machine: Machine,
 ) -> dict[str, int]:
     """Blocks of a micro-batch, and the peak of each part on one GPU (or CPU) while distilling, in bytes.
 
     Raises:
         DoesNotFit: says what would.
     """
-    options, parameters = recipe.distill, _parameters(teacher, target)
-    untrained = cost.parameters_by_group(teacher.family, teacher.layout, target).get("vision", 0)
+    options, parameters = recipe.distill, _parameters(first, target)
+    untrained = cost.parameters_by_group(first.family, first.layout, target).get("vision", 0)
     need = memory.Training(
-        family=teacher.family,
+        family=first.family,
         student=target,
         branches={
             name: sum(layer < target.layers for layer in having)
-            for name, having in cost.branch_layers(teacher.family, teacher.layout).items()
+            for name, having in cost.branch_layers(first.family, first.layout).items()
         },
         parameters=parameters - untrained,
         untrained=untrained,
-        teacher_parameters=teacher.parameters,
+        teacher_parameters=teacher_parameters,
         block_size=recipe.data.block_size,
         itemsize=machine.dtype.itemsize,
         live_teacher=options.teacher_cache is None,
@@ -163,29 +240,39 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
     return sum(parts.values())
 
 
-def seconds(
-    teacher: Checkpoint, target: Architecture, recipe: Recipe, training_tokens: int, machine: Machine
+def _seconds(
+    recipe: Recipe,
+    training_tokens: int,
+    before: Architecture,
+    target: Architecture,
+    first: Checkpoint,
+    teacher: Checkpoint,
+    machine: Machine,
 ) -> dict[str, float]:
-    """Seconds of the long stages, from the rate of a GEMM. Only the training is spread over several GPUs."""
+    """Of the long stages, from the rate of a GEMM. Only the training is spread over several GPUs."""
     rate = EFFICIENCY * machine.flops
-    context = recipe.data.block_size // 2
-    shapes = cost.shapes(teacher.family, teacher.layout)
-    ahead = cost.flops_per_token(teacher.family, shapes, teacher.architecture, context=context)
-    student = cost.flops_per_token(teacher.family, shapes, target, context=context)
+
+    def flops(model: Checkpoint, sizes: Architecture) -> int:
+        shapes = cost.shapes(model.family, model.layout)
+        return cost.flops_per_token(model.family, shapes, sizes, context=recipe.data.block_size // 2)
+
+    ahead, parent, student = flops(teacher, teacher.architecture), flops(first, before), flops(first, target)
     built = recipe.search.candidates + 4 if recipe.arch is None else 1
-    search = built * (2 * recipe.search.probe_tokens * (ahead + student) + recipe.data.heldout_tokens / 3 * student)
-    return {
-        "measure": recipe.measure.tokens * ahead / rate,
+    search = built * (2 * recipe.search.probe_tokens * (parent + student) + recipe.data.heldout_tokens / 3 * student)
+    tokens = training_tokens + (recipe.distill.tokens or 0 if recipe.baseline else 0)
+    stages = {
+        "measure": recipe.measure.tokens * parent / rate,
         "search": search / rate,
-        "prune": 2 * recipe.prune.repair * recipe.prune.tokens * (ahead + student) / rate,
-        "distill": training_tokens * (ahead + 3 * student) * (2 if recipe.baseline else 1) / (rate * machine.gpus),
+        "prune": 2 * recipe.prune.repair * recipe.prune.tokens * (parent + student) / rate,
+        "distill": tokens * (ahead + 3 * student) / (rate * machine.gpus),
         "evaluate": recipe.data.heldout_tokens * (ahead + 3 * student) / rate,
     }
+    return {stage: time for stage, time in stages.items() if STAGES.index(stage) <= STAGES.index(recipe.stop_after)}
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the plan for a reader."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table("", "teacher", "student", "ratio", box=None, header_style="bold")
     teacher, student = result["teacher"], result["student"]
     for key in teacher:
@@ -197,6 +284,9 @@ def show(result: dict[str, Any]) -> None:
             f"{result['legal_architectures']:,} legal architectures meet the budget; shown is the one most like the "
             "teacher. The search ranks them all and measures the best few."
         )
+    for larger in result["larger_students"]:
+        size, tokens = f"{larger['parameters']:,}", f"{larger['tokens']:,}"
+        console.print(f"In rounds: first a student of {size} parameters, distilled on {tokens} tokens")
     training = result["training"]
     console.print(
         f"Distillation: {training['steps']:,} steps of {training['batch_blocks']} × {training['block_size']} tokens "

@@ -47,6 +47,8 @@ Amounts = Annotated[
     BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
     AfterValidator(lambda value: ",".join(check_amount(part.strip()) for part in value.split(","))),
 ]
+Place = Annotated[str, AfterValidator(lambda value: str(Path(value).expanduser()) if value.startswith("~") else value)]
+"""A file or folder, or a hub id."""
 Time = Annotated[str, AfterValidator(lambda value: check_amount(value, TIMES))]
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -81,13 +83,30 @@ class Data(Section):
     @property
     def sources(self) -> list[Source]:
         """The training text as a mixture, of one or several."""
-        one = isinstance(self.train, str)
-        return [Source(source=str(self.train), text_field=self.text_field)] if one else list(self.train)  # type: ignore[arg-type]
+        parts = [Source(source=self.train)] if isinstance(self.train, str) else self.train
+        return [part.model_copy(update={"text_field": part.text_field or self.text_field}) for part in parts]
+
+    @model_validator(mode="after")
+    def _apart(self) -> Data:
+        if self.heldout is not None:
+            judge = _resolved(self.heldout)
+            for part in self.sources:
+                trained = _resolved(part.source)
+                if judge.is_relative_to(trained) or trained.is_relative_to(judge):
+                    raise ValueError(
+                        f"heldout: {self.heldout} is trained on too, as {part.source}; "
+                        "leave heldout away to hold out a share of the training text"
+                    )
+        return self
 
     @property
     def label(self) -> str:
         """Its name, for reports."""
         return " + ".join(part.source for part in self.sources)
+
+
+def _resolved(source: str) -> Path:
+    return Path(source).expanduser().resolve()
 
 
 class LocalTask(Section):
@@ -214,7 +233,7 @@ class Distill(Section):
     )
     evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0: never")
     patience: int = Field(0, ge=0, description="measurements without gain before training ends early; 0: never")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     teacher_cache: _name(KINDS) | None = Field(  # type: ignore[valid-type]
         None, description="run the teacher once and keep what the loss needs; pays from the second epoch or student on"
     )
@@ -236,15 +255,17 @@ class Evaluate(Section):
     tasks: list[str | LocalTask] = Field(default_factory=list, description="lm-eval tasks, or local JSONL tasks")
     limit: Count | None = Field(None, description="rows of each task; default: all")
     speed: bool = True
-    prompts: list[str] | None = Field(None, description="prompts of the sample texts; default: a few neutral ones")
+    prompts: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, description="prompts of the sample texts; default: a few neutral ones"
+    )
 
 
 class Recipe(Section):
     """Everything that a run depends on."""
 
-    model: str = Field(description="folder, hub id or .gguf file")
-    to: str = Field(description="run directory")
-    start: str | None = Field(
+    model: Place = Field(description="folder, hub id or .gguf file")
+    to: Place = Field(description="run directory")
+    start: Place | None = Field(
         None, description="an earlier student of `model`, which is cut instead of it; `model` teaches"
     )
     params: Amounts | None = Field(None, description="budget of parameters: 0.7x or 95M; several: 0.75x,0.5x")
@@ -356,11 +377,9 @@ def json_schema() -> str:
 
 
 def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values with some replaced, given by dotted path; a change to None is no change."""
+    """Nested values with some replaced, given by dotted path."""
     result = copy.deepcopy(dict(values))
     for path, value in changes.items():
-        if value is None:
-            continue
         *parents, last = path.split(".")
         place = result
         for parent in parents:

@@ -51,7 +51,8 @@ class LeastSquares:
     """
 
     def __init__(self, gram_KK: Tensor, *, damping: float = DAMPING) -> None:
-        self.ridge = damping * gram_KK.diagonal().mean().double()
+        mean = gram_KK.diagonal().mean().double()
+        self.ridge = damping * mean.clamp_min(1e-12)  # a layer may be dead: W₀ stays
         left = gram_KK.to(torch.float64, copy=True)
         left.diagonal().add_(self.ridge)
         self.factor, failed = torch.linalg.cholesky_ex(left)

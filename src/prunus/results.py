@@ -189,7 +189,7 @@ def collect(run: Run) -> dict[str, Any]:
         "candidates": searched["candidates"] if searched else [],
         "uncut": searched and searched.get("uncut"),
         "models": evaluation.get("models", []),
-        "training": training and training | {"rounds": run.rounds},
+        "training": training and training | {"rounds": run.rounds.count},
         "samples": evaluation.get("samples", []),
         "stages": _stages(run),
         "warnings": [],
@@ -281,7 +281,7 @@ def versions() -> dict[str, str]:
 
 def show(run: Run) -> None:
     """Print what a run holds, for a reader."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     if run.finished("evaluate"):
         table = Table(box=None, header_style="bold")
         for heading in ("", "parameters", "perplexity", "bits/byte", "KL", "top-1"):
@@ -314,18 +314,19 @@ def show_family(root: Path) -> None:
     for size in (family["teacher"], *family["sizes"]):
         quality = (f"{size['perplexity']:.2f}", f"{size['kl_to_teacher']:.3f}")
         table.add_row(size["name"], formats.count(size["parameters"]), *quality)
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     out.print(table)
     out.print(f"Wrote {root / 'report.html'}")
 
 
 def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any]:
-    """The budget with what the written student costs, from its own tensors."""
+    """The budget with what the written student costs, as far as its own tensors tell: not the time of a token."""
     if student is None:
         return budget
     costs = Costs(student.family, cost.shapes(student.family, student.layout), student.dtype.itemsize)
     costs = replace(costs, context=budget.get("context", costs.context))
-    limits = [limit | {"counted": LIMITS[limit["kind"]].of(costs, student.architecture)} for limit in budget["limits"]]
+    counted = _costs(costs, student.architecture)
+    limits = [limit | {"counted": counted.get(limit["kind"])} for limit in budget["limits"]]
     return budget | {"limits": limits}
 
 

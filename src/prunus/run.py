@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,17 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from prunus import console
 from prunus import recipe as recipes
-from prunus.budget import LIMITS, parse_budget
 from prunus.checkpoint import Checkpoint, load, verify_weights
-from prunus.distill import training_state
-from prunus.errors import BadOutput, PrunusError
+from prunus.errors import BadCheckpoint, BadOutput
 from prunus.files import atomic_file
 from prunus.measure import Statistics, load_statistics
-from prunus.recipe import STAGES, Recipe
+from prunus.recipe import Recipe
+from prunus.rounds import Rounds, recipe_of_larger, rounds
 from prunus.scores import Scores, load_scores
 from prunus.text import Blocks, load_blocks, order
 
@@ -48,26 +44,11 @@ OUTPUTS = {
 }
 LARGER = "0-larger"
 """The run of the larger student that this one is cut out of, where a cut of more than a third goes in rounds."""
-LARGEST_CUT = 1 / 3
-"""Share of the parameters that one cut takes at most; more goes in rounds (Minitron, arXiv:2407.14679)."""
-ROUNDING = 0.01
-"""Of a number of rounds: 0.9x to 0.4x is two cuts of a third, though the parameters miss that by a few."""
 BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
 TOURNAMENT = ".tournament"
-DEPENDS_ON = {
-    "text": ("model", "data", "distill.tokens", "measure.tokens", "prune.tokens"),
-    "measure": ("start", "uneven", "measure", "distill.seed"),
-    "score": ("score",),
-    "search": (*LIMITS, "context", "arch", "search"),
-    "prune": ("prune",),
-    "distill": ("distill",),
-    "evaluate": ("evaluate",),
-    "report": (),
-}
-"""Recipe keys that each stage is the first to depend on."""
-WITHOUT_EFFECT = {"distill": {"checkpoint_seconds", "gradient_checkpointing", "trackers"}, "search": {"workers"}}
-"""Keys inside those that change no result."""
+ASIDE = ".aside"
+"""What a changed recipe made stale, until a stage is done again; and the recipe that it was made with."""
 
 
 @dataclass
@@ -104,40 +85,21 @@ class Run:
             return self.teacher
         student = load(self.recipe.start)
         verify_weights(student)
+        if student.architecture.vocab != self.teacher.architecture.vocab:
+            sizes = f"{student.architecture.vocab} and {self.teacher.architecture.vocab}"
+            raise BadCheckpoint(f"start and model have vocabularies of {sizes}; a student needs its teacher's tokens")
         return student
 
     @functools.cached_property
-    def rounds(self) -> int:
+    def rounds(self) -> Rounds:
         """Cuts, with training between, that lead to the parameters asked for."""
-        return self._rounds[0]
-
-    @functools.cached_property
-    def _rounds(self) -> tuple[int, int]:
-        """Their number, and the parameters at the end of the last but one."""
-        if not self.recipe.rounds or self.recipe.params is None:
-            return 1, 0
-        (limit,) = parse_budget(self.first, whole=self.teacher, params=self.recipe.params).limits
-        share = limit.target / self.first.parameters
-        count = max(1, math.ceil(math.log(share) / math.log(1 - LARGEST_CUT) - ROUNDING))
-        return count, round(limit.target / share ** (1 / count))
+        return rounds(self.recipe, self.first, self.teacher)
 
     @property
     def larger(self) -> Recipe | None:
-        """The recipe of the round before the last: a run of its own that ends with its training."""
-        count, parameters = self._rounds
-        if count == 1:
-            return None
-        values = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in LIMITS}
-        tokens = (self.recipe.distill.tokens or self.train.num_tokens) * (count - 1) // count
-        changes = {
-            "params": str(parameters),
-            "to": str(self.root / LARGER),
-            "distill.tokens": tokens,
-            "distill.seed": self.recipe.distill.seed + 1,
-            "baseline": False,
-            "stop_after": "distill",
-        }
-        return recipes.parse(recipes.override(values, changes), source=str(self.root))
+        """The recipe of the round before the last."""
+        tokens = self.recipe.distill.tokens or (self.train.num_tokens if self.rounds.count > 1 else 0)
+        return recipe_of_larger(self.recipe, self.rounds, tokens=tokens, to=self.root / LARGER)
 
     @functools.cached_property
     def train(self) -> Blocks:
@@ -197,8 +159,13 @@ class Run:
         return load(self.root / BASELINE) if (self.root / BASELINE).is_dir() else None
 
     @property
+    def models(self) -> dict[str, str]:
+        """Fingerprints of the teacher and of what the first round cuts."""
+        return {"teacher": self.teacher.fingerprint, "start": self.first.fingerprint}
+
+    @property
     def log(self) -> dict[str, Any]:
-        """run.json: what ran when, and on which teacher."""
+        """run.json: what ran when, and on which models."""
         file = self.root / "run.json"
         return read_json(file) if file.is_file() else {"stages": {}}
 
@@ -208,9 +175,14 @@ class Run:
         start = time.monotonic()
         with console.stage(stage):
             yield
+        self.settle()
         entry = {"seconds": round(time.monotonic() - start, 2), "finished": datetime.now(UTC).isoformat("T", "seconds")}
         log = self.log
         write_json(self.root / "run.json", log | {"stages": log["stages"] | {stage: entry}})
+
+    def settle(self) -> None:
+        """What a changed recipe made stale goes for good: something newer is there."""
+        shutil.rmtree(self.root / ASIDE, ignore_errors=True)
 
     def require_space(self, num_bytes: float, what: str) -> None:
         """Raises BadOutput if the disk cannot take what is about to be written."""
@@ -267,94 +239,3 @@ def check_folder(root: Path) -> Path:
 def write_recipe(recipe: Recipe, root: Path) -> None:
     with atomic_file(root / "recipe.yaml") as partial:
         partial.write_text(recipes.to_yaml(recipe))
-
-
-@contextlib.contextmanager
-def claim(run: Run, *, redo: bool = False, redo_stage: str | None = None) -> Iterator[None]:
-    """Make the directory of a run, or take up an earlier run, for this process alone.
-
-    Args:
-        redo: where the recipe differs from the one that the directory was made with, do the stages that depend on the
-            difference again.
-        redo_stage: do this stage and the later ones again in any case.
-    Raises:
-        BadOutput: the directory holds another recipe's results, or is in use.
-    """
-    root, existed, created = run.root, run.root.is_dir(), not is_run(run.root)
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(root / ".lock", timeout=0):
-            if not created:
-                _reconcile(run, redo, redo_stage)
-            _remove_leftovers(root)
-            write_recipe(run.recipe, root)
-            write_json(root / "run.json", run.log | {"teacher": run.teacher.fingerprint})
-            yield
-    except Timeout as error:
-        raise BadOutput(f"{root} is in use by another prunus process; wait for it, or give another folder") from error
-    except (PrunusError, OSError):
-        if created and not any(run.finished(stage) for stage in STAGES):
-            shutil.rmtree(root)  # nothing was achieved: leave the disk as it was found
-            root.mkdir() if existed else None
-        raise
-
-
-def _reconcile(run: Run, redo: bool, redo_stage: str | None) -> None:
-    """Remove what the changed recipe makes stale, if the user allows it."""
-    old = recipes.parse(recipes.read_yaml(run.root / "recipe.yaml"), source=str(run.root / "recipe.yaml"))
-    changed = {stage: keys for stage in STAGES if (keys := _changed_keys(stage, old, run.recipe))}
-    if _other_rounds(run, old):
-        changed["measure"] = [*changed.get("measure", []), "rounds"]
-    stale_from = min((STAGES.index(stage) for stage in changed), default=len(STAGES))
-    stale = [stage for stage in STAGES[stale_from:] if any(_begun(run.root / name) for name in OUTPUTS[stage])]
-    if stale and not redo:
-        names = ", ".join(key for keys in changed.values() for key in keys)
-        raise BadOutput(
-            f"{run.root} was made with another recipe (changed: {names}), "
-            f"which its stages {', '.join(stale)} depend on. "
-            "Give a new folder with --to, or --redo to do those stages again."
-        )
-    # A stage that was killed is not done again but gone on with.
-    again = redo_stage is not None and run.finished(redo_stage)
-    first = min(stale_from, STAGES.index(redo_stage) if redo_stage and again else len(STAGES))
-    for stage in STAGES[first:]:
-        _remove(run.root, (*OUTPUTS[stage], *((BASELINE,) if stage == "distill" else ())))
-    if run.recipe.baseline and not (run.root / BASELINE).exists():
-        _remove(run.root, (*OUTPUTS["evaluate"], *OUTPUTS["report"]))  # they lack the baseline, which is wanted now
-
-
-def _other_rounds(run: Run, old: Recipe) -> bool:
-    """Whether another recipe cuts something else in its last round."""
-    same = all(getattr(old, key) == getattr(run.recipe, key) for key in ("start", "params", "rounds"))
-    return not same and Run(run.root, old)._rounds != run._rounds
-
-
-def _begun(output: Path) -> bool:
-    return output.exists() or training_state(output).exists()
-
-
-def _changed_keys(stage: str, old: Recipe, new: Recipe) -> list[str]:
-    before, after = (recipe.model_dump(exclude=WITHOUT_EFFECT) for recipe in (old, new))
-    return [key for key in DEPENDS_ON[stage] if _value(before, key) != _value(after, key)]
-
-
-def _value(recipe: dict[str, Any], key: str) -> object:
-    return functools.reduce(lambda section, part: section[part], key.split("."), recipe)
-
-
-def _remove(root: Path, names: tuple[str, ...]) -> None:
-    for name in names:
-        path = root / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True) if path.is_file() else None
-        shutil.rmtree(training_state(path), ignore_errors=True)
-
-
-def _remove_leftovers(root: Path) -> None:
-    """What a killed process left behind and no stage will take up."""
-    for file in root.glob(".*.partial"):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
-    for name in (*OUTPUTS["distill"], BASELINE):
-        if (root / name).exists():
-            shutil.rmtree(training_state(root / name), ignore_errors=True)

@@ -30,7 +30,8 @@ def each(work: Callable[[Task], Result], tasks: Mapping[str, Task], *, workers: 
 
     mine = not ray.is_initialized()
     if mine:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        alone = {"env_vars": {"WORLD_SIZE": "1"}}  # a worker is none of torchrun's ranks, though the first starts it
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=alone)
     try:
         have = ray.cluster_resources()
         cores, gpus = max(1, int(have.get("CPU", 1)) // workers), min(1, have.get("GPU", 0) / workers)

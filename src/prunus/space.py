@@ -89,7 +89,8 @@ def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Arc
 
 def _least(axis: str, family: Family, teacher: Architecture) -> int:
     """The smallest legal size of an axis, of which the others are multiples."""
-    return next((s for s in reversed(ALIGNMENTS) if not family.illegal(teacher.replace(**{axis: s}))), 1)
+    legal = (s for s in reversed(ALIGNMENTS) if not family.illegal(teacher.replace(**{axis: s})))
+    return next(legal, teacher[axis])
 
 
 def _options(teacher: Architecture, axis: str) -> list[int]:
@@ -121,7 +122,7 @@ def _filled(
     if room < 1:
         return []
     least = _least(filler, family, teacher)
-    step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance and s >= least), least)
+    step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance and s % least == 0), least)
     sizes = {int(room // step) * step, int(room // step + 1) * step}
     if (room - teacher[filler]) * per_neuron > tolerance or abs(teacher[filler] - room) * per_neuron <= tolerance:
         sizes.add(teacher[filler])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from prunus.distill import distill as train
 from prunus.documents import chat_template, documents, shuffled
 from prunus.errors import BadCheckpoint, BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
-from prunus.recipe import Distill, parse_section
+from prunus.recipe import Distill, Evaluate, parse_section
 from prunus.schedule import Settings
-from prunus.tasks import run_tasks
+from prunus.tasks import from_recipe, run_tasks
 from prunus.teacher import Cache, describe, open_cache, write_cache
 from prunus.text import Blocks, tokenise
 from prunus.trackers import tracked
@@ -150,7 +150,7 @@ def _quantity(option: str, value: str) -> int:
 
 def show_vocabulary(result: Mapping[str, Any]) -> None:
     """Print the result of `trim_vocabulary` for a reader."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     for name in ("vocabulary", "parameters"):
         before, after = result[name]
         out.print(f"{name}: {before:,} → {after:,}")
@@ -174,10 +174,16 @@ def _cached(teacher: Checkpoint, blocks: Blocks, kind: str, options: Distill, to
 
 
 def evaluate(
-    model: str, *, teacher: str | None, data: str | None, tokens: str, tasks: Sequence[str], limit: int | None
+    model: str, *, teacher: str | None, data: str | None, tokens: str, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Quality on the text `data`, tasks and speed of one model."""
-    num_tokens = _quantity("tokens", tokens)
+    """Quality on the text `data`, tasks and speed of one model.
+
+    Args:
+        settings: keys of the recipe's section `evaluate`.
+    """
+    options, num_tokens = parse_section(Evaluate, settings, source="command line"), _quantity("tokens", tokens)
+    if options.prompts is not None:
+        raise BadRecipe("prompts: sample texts are part of a run's report; a model alone is only measured")
     checkpoint = _opened(model)
     dtype, device = hardware.compute_dtype(), hardware.device()
     module = checkpoint.module(dtype, device)
@@ -187,8 +193,11 @@ def evaluate(
         with tempfile.TemporaryDirectory() as folder, console.bar("text", unit="blocks") as step:
             blocks = _blocks(data, checkpoint, num_tokens, Path(folder))
             result |= asdict(quality(module, blocks, teacher=reference, progress=step))
-    result |= asdict(speed({"model": module})["model"])
-    return result | {"tasks": run_tasks(module, checkpoint.tokenizer(), list(tasks), limit=limit) if tasks else {}}
+    if options.speed:
+        result |= asdict(speed({"model": module})["model"])
+    tasks = [from_recipe(task) for task in options.tasks]
+    scored = run_tasks(module, checkpoint.tokenizer(), tasks, limit=options.limit) if tasks else {}
+    return result | {"tasks": scored}
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -199,7 +208,7 @@ def show(result: Mapping[str, Any]) -> None:
             table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value}")
     for task, metrics in result["tasks"].items():
         table.add_row(task, "  ".join(f"{metric} {value:.3f}" for metric, value in metrics.items()))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def _opened(name: str) -> Checkpoint:
@@ -212,4 +221,4 @@ def _blocks(data: str, model: Checkpoint, tokens: int | None, folder: Path) -> B
     tokenizer = model.tokenizer()
     docs = shuffled(documents(data, render=chat_template(tokenizer)), seed=0)
     to = folder / "text"
-    return tokenise(docs, tokenizer, block_size=BLOCK_SIZE, max_tokens=tokens, to=to, label=data)
+    return tokenise(docs, tokenizer, block_size=min(BLOCK_SIZE, model.positions), max_tokens=tokens, to=to, label=data)

@@ -166,16 +166,25 @@ def run_tasks(
         BadRecipe: lm-eval knows no such task, a local task does not fit its file, or a name is given twice.
         BadData: the data of a named task is neither cached nor reachable.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise PrunusError(f"evaluation tasks are run by lm-eval, which is not installed; {INSTALL}")
+    check_all(tasks)
     if not tasks:
         return {}
+    with _quiet(), _seeded(), evaluation_mode([model]), tempfile.TemporaryDirectory() as cache:
+        return _run(model, tokenizer, tasks, limit, batch_size, cache)
+
+
+def check_all(tasks: Sequence[str | LocalTask]) -> None:
+    """What can be known of tasks before they are run. Raises PrunusError and BadRecipe as `run_tasks`."""
+    if not tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PrunusError(f"evaluation tasks are run by lm-eval, which is not installed; {INSTALL}")
     _check_names(tasks)
     for task in tasks:
         if isinstance(task, LocalTask):
             check(task)
-    with _quiet(), _seeded(), evaluation_mode([model]), tempfile.TemporaryDirectory() as cache:
-        return _run(model, tokenizer, tasks, limit, batch_size, cache)
+    with _quiet():
+        _manager([task for task in tasks if isinstance(task, str)])
 
 
 def error_rate(

@@ -234,6 +234,8 @@ def describe(
     if per_token < 1:
         raise ValueError(f"per_token is {per_token}; a token needs at least 1 id")
     whole = kind == "hidden"
+    if kind == "top_k":
+        per_token = min(per_token, teacher.architecture.vocab)
     return Manifest(
         kind=kind,
         per_token=0 if whole else per_token,

@@ -31,6 +31,12 @@ def tracked(names: Sequence[str], run: str) -> Iterator[Track]:
         yield track
 
 
+def check(names: Sequence[str]) -> None:
+    """Raises BadRecipe where a tracker's package is not installed."""
+    for name in names:
+        _package(name)
+
+
 def _values(at: Progress) -> dict[str, float]:
     names = ("loss", "learning_rate", "norm", "heldout_loss")
     return {name: getattr(at, name) for name in names if getattr(at, name) is not None}
