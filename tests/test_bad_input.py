@@ -14,16 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_text, small_flags
+from conftest import SMALL, make_text, small_flags
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from test_pipeline import make_recipe
 
-from prunus import weights
+from prunus import pipeline, recipe, weights
+from prunus.claims import claim
 from prunus.families import known_families
 from prunus.pipeline import compress
 from prunus.recipe import STAGES
-from prunus.run import OUTPUTS
+from prunus.run import OUTPUTS, Run
 
 STAGE_LINE = re.compile(rf"({'|'.join(STAGES)}): [\d.]+ s")
 
@@ -95,14 +96,16 @@ def test_a_folder_without_weights(model, refused):
 
 
 def test_an_index_that_names_a_missing_shard(model, refused):
-    names = list(load_file(model / "model.safetensors"))
-    index = {"weight_map": dict.fromkeys(names, "model.safetensors") | {names[0]: "model-00002-of-00002.safetensors"}}
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    names = list(load_file((model / "model.safetensors").rename(model / shards[0])))
+    index = {"weight_map": dict.fromkeys(names, shards[0]) | {names[0]: shards[1]}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00002-of-00002.safetensors missing though the index names it; download it again" in refused(model)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_damaged_index(model, refused, index):
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json is damaged" in refused(model)
 
@@ -501,6 +504,35 @@ def test_a_mistake_in_a_changed_recipe_takes_no_results_away(invoke, whole_run, 
     assert words in only_message(result)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_redo_that_breaks_off_at_once_takes_no_results_away(whole_run, monkeypatch, error):
+    def broken(_: object) -> None:
+        raise error
+
+    before = contents(whole_run)
+    again = Run(whole_run, recipe.parse(recipe.read_yaml(whole_run / "recipe.yaml"), source="test")).recipe
+    monkeypatch.setitem(pipeline.RUN_STAGE, "measure", broken)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        compress(again.model_copy(update={"measure": again.measure.model_copy(update={"task_rows": 100})}), redo=True)
+    assert contents(whole_run) == before
+
+
+def test_a_redo_that_is_killed_at_once_takes_no_results_away(whole_model, corpus, whole_run, tmp_path):
+    root = shutil.copytree(whole_run, tmp_path / "run")
+    before = contents(root)
+    changed = make_recipe(whole_model, corpus, root, distill=SMALL["distill"] | {"learning_rate": 0.01})
+    taken = claim(Run(root, changed), redo=True)
+    with taken:
+        assert not (root / "4-distilled").exists()
+        killed = shutil.copytree(root, tmp_path / "killed")
+    shutil.rmtree(root)
+    shutil.move(killed, root)
+    unchanged = make_recipe(whole_model, corpus, root)
+    compress(unchanged)
+    assert contents(root).keys() == before.keys()
+    assert (root / "4-distilled/model.safetensors").read_bytes() == before[root / "4-distilled/model.safetensors"]
+
+
 def test_several_sizes_take_no_run_over_nor_the_other_way_round(invoke, whole_model, corpus, whole_run, tmp_path):
     before = contents(whole_run)
     several = small_flags(corpus, whole_run, budget=("--params", "0.9x,0.8x"))
@@ -533,7 +565,7 @@ def test_a_start_of_another_vocabulary(invoke, whole_model, corpus, refused, tmp
     cut = tmp_path_factory.mktemp("cut") / "model"
     result = invoke("vocabulary", str(whole_model), "--size", "60", "--data", str(corpus), "--to", str(cut))
     assert result.exit_code == 0, result.stderr
-    assert "start and model have vocabularies of 60 and 78" in refused(whole_model, "--set", f"start={cut}")
+    assert "start and model have vocabularies of 60 and 97" in refused(whole_model, "--set", f"start={cut}")
 
 
 def test_a_changed_teacher(invoke, started, model, tmp_path):

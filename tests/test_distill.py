@@ -1,18 +1,21 @@
 """The training loop: exactness, invariances, resuming."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model, weights_of
+from conftest import add_tokenizer, tiny_model, weights_of
 from transformers import AutoTokenizer
 
 import prunus as pr
 from prunus import hidden
+from prunus.checkpoint import save
 from prunus.distill import distill
 from prunus.documents import documents
 from prunus.errors import BadCheckpoint, BadData, BadOutput, Stopped, TrainingDiverged
@@ -259,6 +262,57 @@ def test_repeated_bad_steps_go_back_and_slow_down(setting, tmp_path, monkeypatch
     assert record["steps"] == 20
     plan_ = plan(settings, hidden=48, num_blocks=len(setting[2]), block_size=32)
     assert record["curve"][-1]["learning_rate"] == pytest.approx(learning_rate(19, plan_, settings, []) / 2)
+
+
+def test_going_back_undoes_what_broke(setting, tmp_path, monkeypatch):
+    """Weights that an update broke stay broken until they are loaded anew: a state within the bad streak is none."""
+    whole, update = Masters.clip, Masters.step
+    updates = iter(range(10**6))
+    broken: list[torch.Tensor] = []
+
+    def step(self, rate):
+        update(self, rate)
+        if next(updates) == 4:
+            broken.append(next(iter(self.values.values())).detach().clone())
+
+    def clip(self, most):
+        value = next(iter(self.values.values()))
+        if broken and torch.equal(value, broken[0]):
+            value.grad.fill_(math.nan)
+        return whole(self, most)
+
+    times = iter(range(10**6))  # a state is stored after every third step only
+    monkeypatch.setattr(Masters, "step", step)
+    monkeypatch.setattr(Masters, "clip", clip)
+    clock = SimpleNamespace(monotonic=lambda: float(next(times)))
+    monkeypatch.setattr(importlib.import_module("prunus.distill"), "time", clock)
+    written = trained(setting, tmp_path / "a", settings=dataclasses.replace(FAST, tokens=2560), checkpoint_seconds=3)
+    record = json.loads((written.folder / "training.json").read_text())
+    assert len(record["events"]) == 1
+    assert record["steps"] == 20
+
+
+def test_buffers_keep_their_type(setting):
+    """Rotary frequencies are float32 in transformers, whatever the model computes in."""
+    model = setting[1].module(torch.float32)
+    Masters(model, torch.bfloat16, weight_decay=0.0)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    floats = [value for value in model.buffers() if value.is_floating_point()]
+    assert floats
+    assert {value.dtype for value in floats} == {torch.float32}
+
+
+def test_a_baseline_has_nothing_of_the_student(tmp_path, corpus):
+    """Not even what is not trained, such as the biases by which experts are chosen."""
+    teacher = tiny_model("deepseek_v3", tmp_path / "teacher")
+    add_tokenizer(tmp_path / "teacher")
+    name = next(name for name in teacher.stored if name.endswith("e_score_correction_bias"))
+    text = tokenise(documents(str(corpus)), teacher.tokenizer(), block_size=32, to=tmp_path / "text", label="test")
+    tensors = {each: teacher.tensor(each) for each in teacher.stored}
+    tensors[name] = torch.rand_like(tensors[name])
+    student = save(tmp_path / "student", teacher.config, tensors, like=teacher)
+    baseline = trained((teacher, student, text), tmp_path / "baseline", random_init=True)
+    assert baseline.tensor(name).abs().max() == 0
 
 
 def test_a_training_that_never_recovers_says_so(setting, tmp_path, monkeypatch):

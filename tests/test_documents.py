@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 from prunus.documents import chat_template, documents, is_held_out, mixed, shuffled
 from prunus.errors import BadData
+from prunus.recipe import Data
+from prunus.sides import sides
 
 PROSE = ["the cat sat on the mat", "a dog ran after the cat", "the mat lay on the floor, where the dog slept"]
 UNICODE = ["naïve café, 12 €", "日本語のテキスト。", "emoji 😀 and 𝔘nicode", "ascii only"]
@@ -221,6 +223,27 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     with pytest.raises(BadData, match=r"no readable file in this folder\. Prunus reads .*\.gz or \.zst"):
         documents(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["Title\n" + "word " * 2000, "word " * 2000, "word\n" * 2000, "w" * 10_000])
+def test_few_documents_are_divided_near_their_ends(tmp_path: Path, text: str) -> None:
+    """At the end of a line or a word where one is near."""
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{text}{n}"}) + "\n" for n in range(20)))
+    parts = {name: "".join(docs) for name, docs in sides(Data(train=str(file)), None).items()}
+    assert len(parts["heldout"]) == pytest.approx(0.05 * 20 * len(text), rel=0.15)
+    assert sum(map(len, parts.values())) == pytest.approx(20 * len(text), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "empty", [{"role": "system", "content": ""}, {"role": "system", "content": None}, {"from": "system", "value": ""}]
+)
+def test_a_turn_that_says_nothing(tmp_path: Path, empty: dict[str, str | None]) -> None:
+    named = dict(zip(empty, ("user", "hello"), strict=True))
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [empty, named]}) + "\n")
+    seen: list[list[dict[str, str]]] = []
+    list(documents(str(tmp_path / "chat.jsonl"), render=lambda messages: seen.append(messages) or "x"))
+    assert seen == [[{"role": "system", "content": ""}, {"role": "user", "content": "hello"}]]
 
 
 def test_the_split_follows_the_content() -> None:

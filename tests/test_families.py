@@ -1,5 +1,6 @@
 """The families' data against what transformers really builds."""
 
+import copy
 import json
 import shutil
 
@@ -7,14 +8,18 @@ import pytest
 import torch
 from conftest import builder, tiny_model
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import prunus as pr
 from prunus import architecture, cost, dims
 from prunus.anatomy import body_of
+from prunus.budget import parse_budget
+from prunus.checkpoint import save
 from prunus.errors import BadCheckpoint, BadRecipe, UnsupportedModel
 from prunus.families import family_of, known_families
 from prunus.head import head_of
+from prunus.space import legal_architectures
 
 
 def test_counted_parameters_are_the_real_ones(teacher):
@@ -159,6 +164,43 @@ def test_flops_of_a_llama_by_hand(llama):
         cost.kv_bytes_per_token(llama.family, cost.shapes(llama.family, llama.layout), a)
         == 2 * a.layers * a.kv_heads * a.head_dim * 2
     )
+
+
+def test_the_files_are_those_that_transformers_reads(llama, tmp_path):
+    """model.safetensors if it is there, whatever lies beside it."""
+    folder = shutil.copytree(llama.folder, tmp_path / "model")
+    other = {name: 2 * llama.tensor(name) for name in llama.stored}
+    save_file(other, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, folder / "consolidated.safetensors")
+    found = pr.load(folder)
+    assert all(torch.equal(found.tensor(name), llama.tensor(name)) for name in llama.stored)
+    loaded = found.module().state_dict()
+    assert torch.equal(loaded["model.norm.weight"], llama.tensor("model.norm.weight"))
+
+
+def test_a_model_of_several_types_is_written(llama, tmp_path):
+    """As transformers loads it: in the type of the config."""
+    tensors = {name: llama.tensor(name).bfloat16() for name in llama.stored}
+    tensors["model.norm.weight"] = torch.rand(llama.architecture.hidden)
+    config = copy.deepcopy(llama.config)
+    config.dtype = torch.bfloat16
+    written = save(tmp_path / "model", config, tensors, like=llama)
+    assert torch.equal(written.tensor("model.norm.weight"), tensors["model.norm.weight"])
+
+
+def test_the_factors_of_a_long_context_tie_heads_to_hidden(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    plain = tiny_model("phi3", tmp_path / "plain")
+    long = tiny_model("phi3", tmp_path / "long", rope_parameters=rope)
+    assert not plain.family.illegal(plain.architecture.replace(heads=3, kv_heads=3))
+    assert "both are cut together" in long.family.illegal(long.architecture.replace(heads=3, kv_heads=3))[0]
+    found = legal_architectures(long.family, long.architecture, parse_budget(long, params="0.7x"), tolerance=0.05)
+    assert len(found) > 3
+    for target in found[:3]:
+        type(long.config)(**long.family.cut_config(long.config.to_dict(), target, range(target.layers)))
 
 
 def test_a_fingerprint_is_of_the_model_not_of_where_it_lies(llama, tmp_path):

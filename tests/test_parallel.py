@@ -109,6 +109,13 @@ def test_two_ranks_in_bfloat16_stay_near_one(setting, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["llama"], indirect=True)
+def test_two_ranks_whose_first_step_is_the_students_own_text(setting, tmp_path):
+    for ranks in (1, 2):
+        trained(ranks, setting, tmp_path / str(ranks), settings={"on_policy_share": 1.0, "tokens": 256})
+    assert_same(tmp_path / "2", tmp_path / "1")
+
+
+@pytest.mark.parametrize("setting", ["llama"], indirect=True)
 def test_a_batch_that_ranks_cannot_share_is_refused(setting, tmp_path):
     trained(2, setting, tmp_path / "a", settings={"batch_tokens": 96}, code=1)
     assert not (tmp_path / "a").exists()

@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL, WORDS, add_tokenizer, make_text, seen, small_flags, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from prunus import hardware, recipe
+from prunus import hardware, recipe, results
 from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadOutput, BadRecipe
 from prunus.families import family_of
@@ -106,6 +106,15 @@ def test_what_sees_goes_through_all_stages_as_it_is(corpus, tmp_path):
     with torch.no_grad():
         assert model(**seen(model.config)).logits.isfinite().all()
     assert "vision" in json.loads((made.root / "5-report.json").read_text())["student"]["parameters_by_group"]
+
+
+@pytest.mark.parametrize(("kept", "warned"), [([0, 1, 2, 3, 4, 5], False), ([0, 1, 3, 4, 5, 6], True)])
+def test_a_pattern_of_attention_that_is_broken_is_told(tmp_path, kept, warned):
+    """llama.cpp assumes it."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    teacher = tiny_model("gemma3_text", tmp_path / "teacher", num_hidden_layers=9, layer_types=kinds)
+    student = tiny_model("gemma3_text", tmp_path / "student", num_hidden_layers=6, layer_types=[kinds[n] for n in kept])
+    assert bool(results.warnings(teacher, student)) == warned
 
 
 def test_a_second_call_changes_nothing(run):

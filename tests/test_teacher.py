@@ -6,15 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import add_tokenizer, tiny_model
 from test_distill import FAST, curve, setting, trained  # noqa: F401 — `setting` is a fixture
 
 from prunus import losses
 from prunus import teacher as teachers
+from prunus.documents import documents
 from prunus.errors import BadData, BadOutput
 from prunus.evaluate import quality
 from prunus.head import head_of
 from prunus.kernels import Samples, TopK
 from prunus.teacher import Live, describe, draw, open_cache, packed, unpacked, write_cache
+from prunus.text import tokenise
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +45,12 @@ def test_ids_take_three_bytes():
     assert (unpacked(packed(ids)) == ids).all()
 
 
-def test_twelve_samples_take_36_bytes_a_token(setting, tmp_path):  # noqa: F811
+def test_twelve_samples_take_38_bytes_a_token(setting, tmp_path):  # noqa: F811
     _, _, text = setting
     cached(setting, tmp_path / "cache", per_token=12)
     headers = 128 * len(list((tmp_path / "cache").glob("*.npy")))
     size = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.npy"))
-    assert size == 36 * text.num_tokens + headers
+    assert size == 38 * text.num_tokens + headers
 
 
 def test_samples_follow_the_distribution():
@@ -70,9 +73,34 @@ def test_cached_samples_are_drawn_from_the_teacher(setting, tmp_path):  # noqa: 
     assert isinstance(samples, Samples)
     p = probabilities(setting, indices)
     drawn = p.gather(1, samples.ids_NK).log()
-    entropy = -torch.special.xlogy(p, p).sum(-1).mean()
+    entropy = torch.special.entr(p).sum(-1).mean().detach()
     spread = drawn.var(1).mean().sqrt() / drawn.numel() ** 0.5
     assert abs(drawn.mean() + entropy) < 4 * spread
+    assert samples.entropy_N.float().mean() == pytest.approx(entropy.item(), rel=1e-3)
+
+
+def test_the_rate_is_the_same_whatever_holds_the_teacher(setting, tmp_path):  # noqa: F811
+    """It follows the divergence: the loss of samples is one too, in expectation, not the cross-entropy."""
+    settings = dataclasses.replace(FAST, learning_rate=None)
+    live = trained(setting, tmp_path / "live", settings=settings)
+    cache = cached(setting, tmp_path / "cache", per_token=64)
+    sampled = trained((cache, *setting[1:]), tmp_path / "sampled", settings=settings)
+    assert np.mean(curve(sampled)) == pytest.approx(np.mean(curve(live)), rel=0.1)
+    records = [json.loads((each.folder / "training.json").read_text())["curve"] for each in (live, sampled)]
+    assert records[1][-1]["learning_rate"] == pytest.approx(records[0][-1]["learning_rate"], rel=0.05)
+
+
+@pytest.mark.parametrize(("family", "options"), [("granite", {"logits_scaling": 8.0}), ("cohere2", {})])
+def test_hidden_states_keep_the_factor_of_the_logits(family, options, corpus, tmp_path):
+    teacher = tiny_model(family, tmp_path / "teacher", **options)
+    add_tokenizer(tmp_path / "teacher")
+    text = tokenise(documents(str(corpus)), teacher.tokenizer(), block_size=32, to=tmp_path / "text", label="test")
+    some = text.head(2)
+    wanted = describe(teacher, some, kind="hidden", dtype=torch.float32)
+    cached_head = write_cache(teacher, some, wanted, to=tmp_path / "cache").targets([0], *some.batch([0])).head
+    head = head_of(teacher.module(torch.float32))
+    assert head.scale != 1
+    assert cached_head.scale == head.scale
 
 
 def test_top_k_holds_the_largest(setting, tmp_path):  # noqa: F811

@@ -131,6 +131,22 @@ def test_the_model_computes_the_same_logits(model, cut):
         torch.testing.assert_close(reloaded(tokens).logits, expected)
 
 
+def test_what_a_saved_tokenizer_would_truncate_is_counted(model):
+    tokenizer = model.tokenizer()
+    expected = count_tokens(tokenizer, [TEXT[0][:3000]])
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    assert count_tokens(tokenizer, [TEXT[0][:3000]]) == expected
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 4, "the tokenizer itself stays as it is"
+
+
+def test_tokens_without_an_embedding_leave(model):
+    tokenizer = model.tokenizer()
+    last = max(tokenizer.get_vocab().values())
+    assert max(choose(tokenizer, {last: 9}, 420).ids) == last
+    assert max(choose(tokenizer, {last: 9}, 420, embedded=last).ids) < last
+
+
 def test_special_tokens_and_their_ids_follow(model, cut):
     student, ids = cut
     new, old = student.tokenizer(), model.tokenizer()

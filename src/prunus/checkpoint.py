@@ -263,7 +263,11 @@ def _compare(written: Checkpoint, tensors: Mapping[str, Parts], *, name: str) ->
         for tensor, parts in tensors.items()
         if found[tensor].shape != parts.shape
         or (
-            reloaded and not all(torch.equal(_rows(found[tensor], rows), part.cpu()) for rows, part in parts.numbered())
+            reloaded
+            and not all(  # transformers loads every tensor in the type of the config
+                torch.equal(_rows(found[tensor], rows), part.cpu().to(found[tensor].dtype))
+                for rows, part in parts.numbered()
+            )
         )
     ]
     if wrong:
@@ -335,7 +339,9 @@ def _places(folder: Path, name: str) -> list[Place]:
                 "Convert once, in a sandbox: load with transformers and save_pretrained(), which writes safetensors."
             )
         raise BadCheckpoint(f"{name}: no .safetensors file in {folder}; the download may be incomplete")
-    if (folder / weights.INDEX).is_file():
+    if (folder / weights.SINGLE).is_file():
+        paths = [folder / weights.SINGLE]  # as transformers does, whatever else is there
+    elif (folder / weights.INDEX).is_file():
         try:
             wanted = set(json.loads((folder / weights.INDEX).read_text())["weight_map"].values())
         except (ValueError, LookupError, TypeError, AttributeError) as error:

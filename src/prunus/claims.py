@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from prunus import recipe as recipes
 from prunus.budget import LIMITS
 from prunus.distill import training_state
-from prunus.errors import BadOutput, PrunusError, Stopped
+from prunus.errors import BadOutput, PrunusError
 from prunus.recipe import STAGES, Recipe
 from prunus.run import ASIDE, BASELINE, LARGER, OUTPUTS, TOURNAMENT, Run, is_run, write_json, write_recipe
 
@@ -31,6 +31,7 @@ DEPENDS_ON = {
 """Recipe keys that each stage depends on, beside those of the stages before it."""
 BESIDE = {"text": (LARGER,), "search": (TOURNAMENT,), "distill": (BASELINE,)}
 """What else goes when a stage is done again."""
+RECORDS = (Path("recipe.yaml"), Path("run.json"))
 WITHOUT_EFFECT = {"distill": {"checkpoint_seconds", "gradient_checkpointing", "trackers"}, "search": {"workers"}}
 """Keys inside those that change no result."""
 
@@ -51,6 +52,7 @@ def claim(run: Run, *, redo: bool = False, redo_stage: str | None = None) -> Ite
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / ".lock", timeout=0):
+            _put_back(root)  # of a process that was killed
             stale = [] if created else _stale(run, redo, redo_stage)
             _remove_leftovers(root)
             with _set_aside(root, stale):
@@ -156,24 +158,39 @@ def _value(recipe: dict[str, Any], key: str) -> object:
 def _set_aside(root: Path, outputs: list[str]) -> Iterator[None]:
     """Inside, these are gone. Where an error comes before anything was done again, they and their recipe come back: a
     mistake in a changed recipe takes no results away."""
-    states = [training_state(Path(name)) for name in outputs]
-    kept = [path for path in (*map(Path, outputs), *states) if (root / path).exists()]
-    records = [Path(name) for name in ("recipe.yaml", "run.json") if (root / name).is_file()]
-    for path in (*kept, *records):
-        (root / ASIDE / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / path, root / ASIDE / path) if path in records else (root / path).replace(root / ASIDE / path)
+    stale = [path for name in outputs for path in (Path(name), training_state(Path(name)))]
+    for path in (*stale, *RECORDS):
+        if (root / path).exists():
+            (root / ASIDE / path).parent.mkdir(parents=True, exist_ok=True)
+            move = shutil.copy if path in RECORDS else shutil.move
+            move(root / path, root / ASIDE / path)
     try:
         yield
-    except Stopped:
-        raise  # the same command goes on
-    except (PrunusError, OSError):
-        if (root / ASIDE).is_dir() and not any((root / state).exists() for state in states):
-            for path in map(Path, outputs):
-                _remove(root / path)
-            for path in (*kept, *records):
-                (root / ASIDE / path).replace(root / path)
-            shutil.rmtree(root / ASIDE)
+    except BaseException:
+        _put_back(root)
         raise
+
+
+def _put_back(root: Path) -> None:
+    """What was set aside, unless something was done again since; a training that has saved its state counts."""
+    aside = root / ASIDE
+    if not aside.is_dir():
+        return
+    found = [stage for stage in STAGES if any((aside / path).exists() for path in _paths(stage))]
+    later = [path for stage in STAGES[STAGES.index(found[0]) :] for path in _paths(stage)] if found else []
+    if not any((root / training_state(path)).exists() for path in map(Path, (*OUTPUTS["distill"], BASELINE))):
+        for path in later:
+            _remove(root / path)
+        for path in (*later, *RECORDS):
+            if (aside / path).exists():
+                shutil.move(aside / path, root / path)
+    shutil.rmtree(aside)
+
+
+def _paths(stage: str) -> list[Path]:
+    """Everything that a stage leaves, relative to the run."""
+    names = map(Path, (*OUTPUTS[stage], *BESIDE.get(stage, ())))
+    return [path for name in names for path in (name, training_state(name))]
 
 
 def _remove(path: Path) -> None:
@@ -182,7 +199,7 @@ def _remove(path: Path) -> None:
 
 def _remove_leftovers(root: Path) -> None:
     """What a killed process left behind and no stage will take up."""
-    for path in (*root.glob(".*.partial"), root / ASIDE):
+    for path in root.glob(".*.partial"):
         _remove(path)
     for name in (*OUTPUTS["distill"], BASELINE):
         if (root / name).exists():

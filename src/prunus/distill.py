@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunus import hardware, hidden, layerwise, memory, parallel, watch
+from prunus import anatomy, hardware, hidden, layerwise, memory, parallel, watch
 from prunus.checkpoint import Checkpoint, from_config, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
@@ -169,7 +169,8 @@ def distill(
                 store()
             stopping = parallel.together(stop.is_set())
             due = parallel.together(time.monotonic() - last_saved >= checkpoint_seconds)
-            if (due or stopping) and len(state.curve) < schedule.steps:
+            # Within a bad streak there is nothing new to store, and nothing that going back to would undo.
+            if (stopping or (due and "skipped" not in point)) and len(state.curve) < schedule.steps:
                 store()
                 last_saved = time.monotonic()
                 if stopping:
@@ -180,7 +181,12 @@ def distill(
     saver.settle()
     record = training_record(schedule, state, state.seconds + time.monotonic() - started)
     tensors = masters.weights(student.dtype, prefix=STUDENT)
-    tensors |= {name: student.tensor(name) for name in student.stored if name not in tensors}  # not trained
+    untrained = anatomy.stored_tensors(model) if random_init else {}
+    tensors |= {
+        name: untrained[name].cpu() if name in untrained else student.tensor(name)
+        for name in student.stored
+        if name not in tensors
+    }
 
     def write() -> None:
         save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})

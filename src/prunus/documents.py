@@ -219,12 +219,18 @@ def _text_column(rows: Sequence[Mapping[str, Any]], text_field: str | None, rend
 def _messages(turns: list[Any], source: str) -> list[Message]:
     """Turns of either kind, as role and content."""
     try:
-        pairs = [(turn.get("role") or turn["from"], turn.get("content") or turn["value"]) for turn in turns]
+        pairs = [(_either(turn, "role", "from"), _either(turn, "content", "value") or "") for turn in turns]
     except (AttributeError, KeyError) as error:
         raise BadData(
             f"{source}: a conversation whose turns are not role and content, or from and value: {turns!r:.80}"
         ) from error
     return [{"role": SPEAKERS.get(role, role), "content": content} for role, content in pairs]
+
+
+def _either(turn: Mapping[str, Any], key: str, other: str) -> Any:
+    """The value under the one name or the other; a table has both as columns, one of them empty."""
+    found = turn.get(key)
+    return found if found is not None or (key in turn and other not in turn) else turn[other]
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Render | None:

@@ -129,15 +129,17 @@ class TopK:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Ids drawn from the teacher's distribution, int64 [N, K] (see `losses.sampled_kl`)."""
+    """Ids drawn from the teacher's distribution, int64 [N, K] (see `losses.sampled_kl`), and the entropy of that
+    distribution, float [N], without which the loss is larger by it."""
 
     ids_NK: Tensor
+    entropy_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids_NK)
 
     def masked(self, mask_N: Tensor) -> Samples:
-        return Samples(self.ids_NK[mask_N])
+        return Samples(self.ids_NK[mask_N], None if self.entropy_N is None else self.entropy_N[mask_N])
 
 
 def sparse_(targets: TopK | Samples, rows: Rows, s_rV: Tensor) -> Tensor:
@@ -153,7 +155,8 @@ def sparse_(targets: TopK | Samples, rows: Rows, s_rV: Tensor) -> Tensor:
         lse_r = max_r - q_rV.amax(-1).log()
         share = torch.full_like(picked_rK, -1 / ids_rK.shape[1])
         q_rV.scatter_add_(1, ids_rK, share)
-        return lse_r - picked_rK.mean(-1)
+        crossed_r = lse_r - picked_rK.mean(-1)
+        return crossed_r if targets.entropy_N is None else crossed_r - targets.entropy_N[rows].float()
     p_rK = targets.p_NK[rows].float()
     tail_r = (1 - p_rK.sum(-1)).clamp_min_(0)
     # The sum over the others is taken without the K, not as 1 − Σ, which cancels where the K are all.

@@ -37,7 +37,9 @@ class Masters:
         for value in values.values():
             value.requires_grad_(True)
             value.grad = torch.zeros_like(value)
-        hardware.place(model, dtype=dtype)
+        for value in model.parameters():  # buffers stay as transformers keeps them, rotary frequencies in float32
+            value.data = value.data.to(dtype)
+        hardware.place(model)
         _let_embeddings_be_sparse(model)
         self.copies = {name: copy for name, copy in model.named_parameters() if name in values}
         self.stale = set(values)

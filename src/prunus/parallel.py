@@ -172,6 +172,8 @@ def sync_gradients(root: nn.Module, wanted: bool) -> None:
 def gathered(root: nn.Module) -> Iterator[None]:
     """Inside, the embedding and the head of a sharded model are whole, and its parts can be called one by one."""
     if isinstance(root, FSDPModule):
+        # Where a part runs before the root ever did, it would take itself for the root.
+        root._get_fsdp_state()._lazy_init()
         root.unshard()
     yield
     if isinstance(root, FSDPModule):

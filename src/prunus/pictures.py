@@ -189,7 +189,8 @@ def pareto(tried: Sequence[Mapping[str, Any]], against: Mapping[str, tuple[str, 
         points = sorted((each["costs"][kind], each["measured"]["loss"]) for each in tried)
         losses = np.minimum.accumulate([loss for _, loss in points])
         front = [point for point, least in zip(points, losses, strict=True) if point[1] <= least]
-        axes.step(*zip(*front, strict=True), where="post", color=KEPT, linewidth=1, alpha=0.6)
+        if front:  # of no finite loss there is none
+            axes.step(*zip(*front, strict=True), where="post", color=KEPT, linewidth=1, alpha=0.6)
         for each in tried:
             name, point = each.get("name", ""), (each["costs"][kind], each["measured"]["loss"])
             axes.scatter(*point, s=34, color=NAMED.get(name, KEPT), alpha=0.85, linewidth=0)

@@ -102,14 +102,17 @@ def model_card(report: Report) -> str:
     """
     words = _words(complete(report))
     teacher = (report.get("teacher") or {}).get("name", "")
+    sees = (report.get("student") or {}).get("sees", False)
     front = {
         "base_model": teacher if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher) else words["name"],
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "tags": ["prunus", "pruned", *["distilled"] * (final_stage(complete(report)) == "distilled")],
     }
     front_matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    card = _templates().get_template("model_card.md.jinja").render(words, base=front["base_model"], front=front_matter)
+    loader = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    template = _templates().get_template("model_card.md.jinja")
+    card = template.render(words, base=front["base_model"], front=front_matter, loader=loader)
     return re.sub(r"(?<![\w:/.<~-])~?/(?:[\w.@+-]+/)+", "", card)
 
 
@@ -219,6 +222,10 @@ def _task_row(task: str, report: Report) -> dict[str, Any]:
     teacher, student, *shown = (
         (model.get("tasks") or {}).get(task, {}) for model in (*compared(report), *report["models"])
     )
+    if not any("acc" in result for result in shown):
+        metric = next((name for result in shown for name in result if "stderr" not in name), "")
+        cells = [formats.number(result.get(metric)) for result in shown]
+        return {"name": task, "note": metric.partition(",")[0].replace("_", " "), "cells": cells, "change": ""}
     cells = [formats.accuracy(result.get("acc"), result.get("acc_stderr")) for result in shown]
     old, new = teacher.get("acc"), student.get("acc")
     change = formats.points(None if old is None or new is None else new - old)

@@ -192,8 +192,30 @@ def collect(run: Run) -> dict[str, Any]:
         "training": training and training | {"rounds": run.rounds.count},
         "samples": evaluation.get("samples", []),
         "stages": _stages(run),
-        "warnings": [],
+        "warnings": warnings(run.teacher, student) if student else [],
     }
+
+
+def warnings(teacher: Checkpoint, student: Checkpoint) -> list[str]:
+    """What other programs may not read as it is meant: llama.cpp takes some patterns from the model's type."""
+    before, after = (_kinds_of_attention(model) for model in (teacher, student))
+    if after == before[: len(after)]:
+        return []
+    return [
+        "Layers of several kinds of attention no longer alternate as the teacher's do. transformers and vLLM read the "
+        "kind of each from config.json; llama.cpp knows the teacher's pattern alone for some model types, and would "
+        "compute something else without a word. Compare its output before relying on it."
+    ]
+
+
+def _kinds_of_attention(checkpoint: Checkpoint) -> list[object]:
+    """Of each layer: sliding or whole, with rotary embedding or without; empty where all are the same."""
+    config = checkpoint.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    for values in (getattr(config, "no_rope_layers", None), kinds if "sliding_attention" in kinds else None):
+        if values and len(set(values)) > 1:
+            return list(values)
+    return []
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
@@ -252,6 +274,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "model_type": family.model_type,
+        "sees": bool(family.vision),
         "code": family.folding.code_name if family.folding else None,
         "fingerprint": checkpoint.fingerprint,
         "architecture": dict(sizes),

@@ -35,8 +35,13 @@ def _side(part: Source, data: Data, render: Render | None, *, held_out: bool) ->
     first = list(islice(docs, FEW_DOCUMENTS))
     if len(first) < FEW_DOCUMENTS:
         for document in first:
-            wanted = int(len(document) * (1 - share))
-            border = document.rfind("\n", 0, wanted) + 1 or wanted
+            border = _border(document, int(len(document) * (1 - share)))
             yield document[border:] if held_out else document[:border]
     else:
         yield from (document for document in chain(first, docs) if is_held_out(document, share=share) == held_out)
+
+
+def _border(document: str, wanted: int) -> int:
+    """Where to divide a document: at the end of a line, or else of a word, not far before the character wanted."""
+    found = (document.rfind(mark, wanted - wanted // 10, wanted) + 1 for mark in ("\n", " "))
+    return next(filter(None, found), wanted)

@@ -33,16 +33,23 @@ class Batch(NamedTuple):
         indices: of the blocks in the text.
         tokens_BS, positions_BS: int64.
         mask_BS: where the prediction of the next token counts, bool.
+        own: whether the student wrote it, so that its next tokens teach nothing.
     """
 
     indices: list[int]
     tokens_BS: Tensor
     positions_BS: Tensor
     mask_BS: Tensor
+    own: bool = False
 
     def part(self, start: int, stop: int) -> Batch:
         some = slice(start, stop)
-        return Batch(self.indices[some], self.tokens_BS[some], self.positions_BS[some], self.mask_BS[some])
+        return self._replace(
+            indices=self.indices[some],
+            tokens_BS=self.tokens_BS[some],
+            positions_BS=self.positions_BS[some],
+            mask_BS=self.mask_BS[some],
+        )
 
 
 class Losses(nn.Module):
@@ -72,7 +79,7 @@ class Losses(nn.Module):
         """Divergence and hidden-state loss of these blocks, each divided by the tokens of the whole step. `expected` is
         the divergence of the last one."""
         (teacher,) = self._teacher
-        settings, (indices, tokens_BS, positions_BS, mask_BS) = self.settings, batch
+        settings, (indices, tokens_BS, positions_BS, mask_BS, own) = self.settings, batch
         mask_N = mask_BS.flatten()
         pairs = self.pairs if settings.hidden_loss else None
         with contextlib.ExitStack() as stack:
@@ -96,7 +103,7 @@ class Losses(nn.Module):
             mix=settings.mix,
             mask_N=mask_N,
             label_N=tokens_BS.roll(-1, dims=1).flatten(),
-            cross_entropy_share=settings.cross_entropy_share,
+            cross_entropy_share=0.0 if own else settings.cross_entropy_share,
             chunk_tokens=self.chunk_tokens,
             expected=expected,
         )
@@ -138,7 +145,8 @@ def _batch(losses: Losses, step: int, schedule: Plan) -> Batch:
             on_policy.continued(losses.student, tokens_BS[some], seeds=seeds[some])
             for some in (slice(at, at + losses.micro_blocks) for at in range(0, len(indices), losses.micro_blocks))
         ]
-    return Batch(indices, *(torch.cat(values) for values in zip(*parts, strict=True)))
+    tokens_BS, positions_BS, mask_BS = (torch.cat(values) for values in zip(*parts, strict=True))
+    return Batch(indices, tokens_BS, positions_BS, mask_BS, own=True)
 
 
 def hidden_weight(curve: list[dict[str, Any]], settings: Settings) -> float:

@@ -82,9 +82,9 @@ class Manifest:
     """What a cache holds, and of what. Two caches with equal manifests hold the same bytes.
 
     Attributes:
-        kind: "samples": K ids a token drawn from the teacher, 3 K bytes. "top_k": its K most likely ids and their
-            probabilities, 5 K bytes. "hidden": its states after the last norm in bfloat16, 2 E bytes, and once its
-            head; the only one that gives every divergence.
+        kind: "samples": K ids a token drawn from the teacher, and the entropy of what they were drawn from, 3 K + 2
+            bytes. "top_k": its K most likely ids and their probabilities, 5 K bytes. "hidden": its states after the
+            last norm in bfloat16, 2 E bytes, and once its head; the only one that gives every divergence.
         per_token: K; 0 for "hidden".
         temperature: of the probabilities; 1 for "hidden".
         seed: of the samples.
@@ -120,7 +120,7 @@ class Cache:
             return Dense(hidden_NE.to(device), self._head(device))
         ids_NK = torch.from_numpy(unpacked(parts["ids"])).flatten(0, 1).to(device)
         if self.manifest.kind == "samples":
-            return Samples(ids_NK)
+            return Samples(ids_NK, torch.from_numpy(parts["entropy"]).flatten().to(device))
         return TopK(ids_NK, torch.from_numpy(parts["p"]).flatten(0, 1).to(device))
 
     def missing_shards(self) -> list[int]:
@@ -147,10 +147,11 @@ class Cache:
     def _head(self, device: torch.device) -> Head:
         tensors = load_file(self.folder / HEAD, device=str(device))
         softcap = tensors.get("softcap")
-        return Head(tensors["weight"], tensors.get("bias"), None if softcap is None else float(softcap))
+        scale = float(tensors["scale"])
+        return Head(tensors["weight"], tensors.get("bias"), None if softcap is None else float(softcap), scale)
 
 
-LAYOUT = {"samples": ("ids",), "top_k": ("ids", "p"), "hidden": ("hidden",)}
+LAYOUT = {"samples": ("ids", "entropy"), "top_k": ("ids", "p"), "hidden": ("hidden",)}
 """Arrays of each kind."""
 
 
@@ -272,7 +273,7 @@ def _shard_file(folder: Path, name: str, number: int) -> Path:
 
 def _write_head(model: PreTrainedModel, file: Path) -> None:
     parts = head_of(model)
-    tensors = {"weight": parts.weight_VD, "bias": parts.bias_V}
+    tensors = {"weight": parts.weight_VD, "bias": parts.bias_V, "scale": torch.tensor(parts.scale, dtype=torch.float64)}
     if parts.softcap is not None:
         tensors["softcap"] = torch.tensor(parts.softcap)
     with atomic_file(file) as partial:
@@ -307,6 +308,7 @@ def _reduced(dense: Dense, indices: Sequence[int], manifest: Manifest) -> dict[s
     for start in range(0, len(dense), ROWS):
         p_RV = (dense.head.logits(dense.hidden_NE[start : start + ROWS]) / manifest.temperature).softmax(-1)
         if manifest.kind == "samples":
+            parts["entropy"].append(torch.special.entr(p_RV).sum(-1).half())
             parts["ids"].append(draw(p_RV, torch.from_numpy(uniform_NK[start : start + ROWS]).to(p_RV.device)))
         else:
             top = p_RV.topk(manifest.per_token)

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from prunus import parallel
 from prunus.distill import Progress
 from prunus.errors import BadRecipe
 
@@ -22,6 +23,7 @@ def tracked(names: Sequence[str], run: str) -> Iterator[Track]:
         BadRecipe: a tracker's package is not installed.
     """
     with contextlib.ExitStack() as stack:
+        names = names if parallel.world().first else ()
         writers = [stack.enter_context(_OPEN[name](_package(name), run)) for name in names]
 
         def track(at: Progress) -> None:

@@ -8,6 +8,7 @@ V ids of the teacher.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -63,27 +64,33 @@ def count_tokens(
         progress: called with the documents done.
     """
     counts: Counter[int] = Counter()
-    done = 0
+    done, backend = 0, copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()  # a tokenizer that was saved in a training may have both
+    backend.no_padding()
     for batch in _batches(documents):
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+        for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
             counts.update(encoding.ids)
         done += len(batch)
         progress(done)
     return counts
 
 
-def choose(tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: int) -> Vocabulary:
+def choose(
+    tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: int, *, embedded: int | None = None
+) -> Vocabulary:
     """The `size` ids to keep: special tokens, bytes, and the most frequent with all that they are merged from; of
     equally frequent ones those of lowest id, which tokenizers give to what is frequent elsewhere.
 
+    Args:
+        embedded: ids that the model has an embedding for; a tokenizer may have more (Gemma 3's image tokens).
     Raises:
         BadRecipe: a size below what must stay, or above what there is.
         UnsupportedModel: a tokenizer of another kind than BPE or Unigram.
     """
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = _parts(definition)
-    vocabulary = tokenizer.get_vocab()
-    kept = set(_essential(tokenizer, definition, counts))
+    vocabulary = {token: id for token, id in tokenizer.get_vocab().items() if embedded is None or id < embedded}
+    kept = {id for id in _essential(tokenizer, definition, counts) if embedded is None or id < embedded}
     for id in list(kept):
         kept |= parts(id)
     if not len(kept) <= size <= len(vocabulary):
@@ -226,6 +233,7 @@ def _trimmed_definition(definition: dict[str, Any], new_id: Mapping[int, int]) -
         model["unk_id"] = new_id.get(model["unk_id"])
     added = [token | {"id": new_id[token["id"]]} for token in trimmed["added_tokens"] if token["id"] in new_id]
     trimmed["added_tokens"] = added
+    trimmed["truncation"] = trimmed["padding"] = None  # what a caller asks for, and padding names an id
     _renumber_template(trimmed.get("post_processor"), new_id)
     return trimmed
 

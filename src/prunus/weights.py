@@ -27,7 +27,8 @@ AHEAD_BYTES = 8 * PART_BYTES
 CACHED_SHARE = 0.5
 """Of the machine's memory; of a larger model nothing stays in the page cache."""
 SHARD_BYTES = 4 * 1000**3
-INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights that can be cut, by their safetensors names."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -234,7 +235,7 @@ def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _write_shard(file: Path, entries: Sequence[Entry]) -> None:

@@ -193,7 +193,7 @@ class Family:
         further_layers: layers beyond the last may be stored, which predict further tokens; transformers does not load
             them, and they are left out.
         ignores_positions: its code makes masks without them, so it must be told where documents end (see `packing`).
-        requires: config key → the only value for which the above holds.
+        requires: config key → the only value for which the above holds; "a.b" is b in the mapping a.
         fields: config key of each size.
         derived: sizes that follow from others: name → formula.
         defaults: formulas of sizes that a config need not give.
@@ -284,7 +284,8 @@ class Family:
 
     def fits(self, config: object) -> bool:
         """Whether a config has what is required."""
-        return all(getattr(self.text(config), key, value) == value for key, value in self.requires.items())
+        text = self.text(config)
+        return all(_setting(text, key, value) == value for key, value in self.requires.items())
 
     def architecture(self, config: object) -> Architecture:
         """The sizes in a transformers config."""
@@ -341,3 +342,9 @@ class Family:
         if min(architecture.axes().values()) < 1:  # later rules would divide by zero
             return ["every size must be at least 1"]
         return [why for holds, why in rules if not holds(architecture)]
+
+
+def _setting(config: Any, key: str, default: object) -> object:
+    """A value of a config; where it is in a mapping, the default does not stand for it."""
+    outer, _, inner = key.partition(".")
+    return (getattr(config, outer, None) or {}).get(inner) if inner else getattr(config, outer, default)

@@ -21,3 +21,12 @@ FAMILY = Family(
         dataclasses.replace(FFN, reads=("mlp.gate_up_proj",), gate=None),
     ),
 )
+
+# Its config counts the factors of a long context by hidden / heads, whatever head_dim is.
+LONG_CONTEXT = dataclasses.replace(
+    FAMILY,
+    constraints=("even_head_dim", "hidden_is_heads"),
+    requires={"rope_parameters.rope_type": "longrope"},
+)
+
+VARIANTS = (LONG_CONTEXT, FAMILY)
