@@ -10,7 +10,7 @@ from conftest import SMALL, add_tokenizer, small_flags
 from test_pipeline import make_recipe
 from transformers import AutoTokenizer
 
-from prunus import side_by_side
+from prunus import pipeline, side_by_side
 from prunus import tournament as module
 from prunus.documents import documents
 from prunus.errors import BadRecipe, Stopped
@@ -184,3 +184,22 @@ def test_a_redone_search_is_as_a_fresh_one(whole_model, corpus, tmp_path, monkey
             made("again")
     assert (tmp_path / "again" / ".tournament").is_dir() == kill
     assert made("again", **others) == made("fresh", **others)
+
+
+def test_a_redo_that_is_killed_in_its_tournament_goes_on(whole_model, corpus, tmp_path, monkeypatch):
+    def made(name: str, **changes: object) -> object:
+        values = {"search": SMALL["search"] | {"tokens": 512}, "stop_after": "search"} | changes
+        return compress(make_recipe(whole_model, corpus, tmp_path / name, **values), redo=True).candidates["candidates"]
+
+    def killed(*_: object, **__: object) -> None:
+        raise Stopped("killed")
+
+    others = {"score": {"ffn": "magnitude"}}
+    made("run")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "distill", killed)
+        with pytest.raises(Stopped):
+            made("run", **others)
+    fresh = made("fresh", **others)
+    monkeypatch.setattr(pipeline, "prune", killed)  # its candidates are cut already
+    assert made("run", **others) == fresh

@@ -172,13 +172,15 @@ def _set_aside(root: Path, outputs: list[str]) -> Iterator[None]:
 
 
 def _put_back(root: Path) -> None:
-    """What was set aside, unless something was done again since; a training that has saved its state counts."""
+    """What was set aside, unless something was done again since, if only in part: a training that has saved its state,
+    a tournament."""
     aside = root / ASIDE
     if not aside.is_dir():
         return
     found = [stage for stage in STAGES if any((aside / path).exists() for path in _paths(stage))]
     later = [path for stage in STAGES[STAGES.index(found[0]) :] for path in _paths(stage)] if found else []
-    if not any((root / training_state(path)).exists() for path in map(Path, (*OUTPUTS["distill"], BASELINE))):
+    begun = [Path(TOURNAMENT), *(training_state(Path(name)) for name in (*OUTPUTS["distill"], BASELINE))]
+    if not any((root / path).exists() for path in begun):
         for path in later:
             _remove(root / path)
         for path in (*later, *RECORDS):
