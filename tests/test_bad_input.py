@@ -504,6 +504,17 @@ def test_a_mistake_in_a_changed_recipe_takes_no_results_away(invoke, whole_run, 
     assert words in only_message(result)
 
 
+def test_text_of_a_refused_recipe_is_not_taken_for_that_of_the_one_before(invoke, whole_model, corpus, tmp_path):
+    """Its training text was there already when its held-out text was found wanting."""
+    other, empty = make_text(tmp_path / "other.jsonl", 400, seed=7), write("", "empty.txt")(tmp_path)
+    command = ["compress", str(whole_model), *small_flags(corpus, tmp_path / "run"), "--stop-after", "text"]
+    assert invoke(*command).exit_code == 0
+    before = contents(tmp_path / "run")
+    refused = invoke(*command, "--redo", "--data", str(other), "--heldout", str(empty))
+    assert "empty.txt" in only_message(refused)
+    assert contents(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_redo_that_breaks_off_at_once_takes_no_results_away(whole_run, monkeypatch, error):
     def broken(_: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def claim(run: Run, *, redo: bool = False, redo_stage: str | None = None) -> Ite
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / ".lock", timeout=0):
-            _put_back(root)  # of a process that was killed
+            _put_back_of_killed(root)
             stale = [] if created else _stale(run, redo, redo_stage)
             _remove_leftovers(root)
             with _set_aside(root, stale):
@@ -119,7 +119,7 @@ def _stale(run: Run, redo: bool, redo_stage: str | None) -> list[str]:
     # A stage that was killed is not done again but gone on with.
     again = redo_stage is not None and run.finished(redo_stage)
     first = min(stale_from, STAGES.index(redo_stage) if redo_stage and again else len(STAGES))
-    outputs = [name for stage in STAGES[first:] for name in (*OUTPUTS[stage], *BESIDE.get(stage, ()))]
+    outputs = [name for stage in STAGES[first:] for name in _outputs(stage)]
     if run.recipe.baseline and not (run.root / BASELINE).exists():
         outputs += [*OUTPUTS["evaluate"], *OUTPUTS["report"]]  # they lack the baseline, which is wanted now
     return outputs
@@ -158,7 +158,7 @@ def _value(recipe: dict[str, Any], key: str) -> object:
 def _set_aside(root: Path, outputs: list[str]) -> Iterator[None]:
     """Inside, these are gone. Where an error comes before anything was done again, they and their recipe come back: a
     mistake in a changed recipe takes no results away."""
-    stale = [path for name in outputs for path in (Path(name), training_state(Path(name)))]
+    stale = _with_states(outputs)
     for path in (*stale, *RECORDS):
         if (root / path).exists():
             (root / ASIDE / path).parent.mkdir(parents=True, exist_ok=True)
@@ -167,32 +167,44 @@ def _set_aside(root: Path, outputs: list[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _put_back(root)
+        _put_back(root, stale)
         raise
 
 
-def _put_back(root: Path) -> None:
+def _put_back(root: Path, stale: list[Path]) -> None:
     """What was set aside, unless something was done again since, if only in part: a training that has saved its state,
     a tournament."""
     aside = root / ASIDE
     if not aside.is_dir():
         return
-    found = [stage for stage in STAGES if any((aside / path).exists() for path in _paths(stage))]
-    later = [path for stage in STAGES[STAGES.index(found[0]) :] for path in _paths(stage)] if found else []
     begun = [Path(TOURNAMENT), *(training_state(Path(name)) for name in (*OUTPUTS["distill"], BASELINE))]
     if not any((root / path).exists() for path in begun):
-        for path in later:
+        for path in stale:
             _remove(root / path)
-        for path in (*later, *RECORDS):
+        for path in (*stale, *RECORDS):
             if (aside / path).exists():
                 shutil.move(aside / path, root / path)
     shutil.rmtree(aside)
 
 
-def _paths(stage: str) -> list[Path]:
-    """Everything that a stage leaves, relative to the run."""
-    names = map(Path, (*OUTPUTS[stage], *BESIDE.get(stage, ())))
-    return [path for name in names for path in (name, training_state(name))]
+def _put_back_of_killed(root: Path) -> None:
+    """The same for a process that was killed; a recipe that had made nothing stale stays."""
+    stages = [
+        stage for stage in STAGES if any((root / ASIDE / path).exists() for path in _with_states(_outputs(stage)))
+    ]
+    if stages:
+        later = STAGES[STAGES.index(stages[0]) :]
+        _put_back(root, [path for stage in later for path in _with_states(_outputs(stage))])
+    shutil.rmtree(root / ASIDE, ignore_errors=True)
+
+
+def _outputs(stage: str) -> list[str]:
+    return [*OUTPUTS[stage], *BESIDE.get(stage, ())]
+
+
+def _with_states(outputs: Iterable[str]) -> list[Path]:
+    """Each with the state of its training, if it has one; relative to the run."""
+    return [path for name in outputs for path in (Path(name), training_state(Path(name)))]
 
 
 def _remove(path: Path) -> None:
