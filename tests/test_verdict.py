@@ -64,6 +64,16 @@ def test_verdict_says_what_was_won_and_lost() -> None:
     )
 
 
+def test_a_group_counts_once() -> None:
+    """Its members are listed beside it."""
+    run = report()
+    for model in run["models"]:
+        if "tasks" in model:
+            model["tasks"] |= {f"piqa_{n}": {"acc": 0.1} for n in range(9)}
+    run["recipe"] = {"evaluate": {"tasks": ["arc_easy", {"name": "piqa", "file": "piqa.jsonl"}]}}
+    assert "mean accuracy over 2 tasks goes from 60.0 % to 48.0 %" in verdict(complete(run))[1]
+
+
 def test_a_gain_within_the_noise_of_timing_is_none() -> None:
     assert "generates about as fast as the teacher" in verdict(complete(report(decode_tokens_per_second=41.0)))[0]
 

@@ -86,7 +86,7 @@ def grade(report: Report) -> str:
 def verdict(report: Report) -> list[str]:
     """What was won, what was lost, and which stage did it: at most three sentences."""
     teacher, student = compared(report)
-    sentences = (_won(teacher, student), _lost(teacher, student), _path(report))
+    sentences = (_won(teacher, student), _lost(teacher, student, _named_tasks(report)), _path(report))
     return [f"{words[0].upper()}{words[1:]}." for words in sentences if words]
 
 
@@ -103,8 +103,15 @@ def _as_fast(value: float) -> str:
     return "about as fast as the teacher" if abs(value - 1) <= TIMING_NOISE else f"{formats.times(value)} as fast"
 
 
-def _lost(teacher: Report, student: Report) -> str:
-    worse, tasks, parts = _perplexity_ratio(teacher, student), _shared_tasks(teacher, student), []
+def _named_tasks(report: Report) -> set[str]:
+    """Those that the user asked for: of a group, lm-eval lists the members too."""
+    asked = report["recipe"].get("evaluate", {}).get("tasks", [])
+    return {task if isinstance(task, str) else task["name"] for task in asked}
+
+
+def _lost(teacher: Report, student: Report, named: set[str]) -> str:
+    worse, shared, parts = _perplexity_ratio(teacher, student), _shared_tasks(teacher, student), list[str]()
+    tasks = [task for task in shared if task in named] or shared
     if worse is not None:
         before, after = formats.number(teacher["perplexity"]), formats.number(student["perplexity"])
         verb = "rises" if worse > 1 else "falls"
