@@ -18,12 +18,13 @@ LAYERS = """
     families._decilm families._uneven
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
-    sensitivity elimination packing experts weights storage checks checkpoint source documents text scores
+    sensitivity elimination packing experts weights storage checks shards checkpoint source documents text scores
     weight_norms measure depth importance selection repair refit
     row_blocks fused memory prune pieces vocabulary evaluate tasks
     schedule masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
-    console recipe sides rounds run claims sizes results inspection planning standalone pipeline cli __main__
+    console mistakes recipe sides rounds run claims goal sizes results summary
+    inspection planning standalone pipeline cli __main__
 """
 ORDER = re.split(r"\s+", LAYERS.strip())
 """A module imports only from modules before it. `families` is its __init__, which finds the files by their names."""

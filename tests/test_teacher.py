@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_tokenizer, tiny_model
+from safetensors.torch import load_file, save_file
 from test_distill import FAST, curve, setting, trained  # noqa: F401 — `setting` is a fixture
 
 from prunus import losses
@@ -101,6 +102,10 @@ def test_hidden_states_keep_the_factor_of_the_logits(family, options, corpus, tm
     head = head_of(teacher.module(torch.float32))
     assert head.scale != 1
     assert cached_head.scale == head.scale
+    file = tmp_path / "cache" / teachers.HEAD
+    save_file({"weight": load_file(file)["weight"]}, file)  # as before it was kept
+    with pytest.raises(BadData, match="left the factor on the logits out"):
+        open_cache(tmp_path / "cache").targets([0], *some.batch([0]))
 
 
 def test_top_k_holds_the_largest(setting, tmp_path):  # noqa: F811

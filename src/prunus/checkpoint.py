@@ -19,7 +19,6 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -34,12 +33,12 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from prunus import anatomy, checks, cost, hardware, packing, storage, weights
+from prunus import anatomy, checks, cost, hardware, packing, shards, storage, weights
 from prunus.architecture import Architecture
-from prunus.errors import BadCheckpoint, UnsupportedModel, one_line
+from prunus.errors import BadCheckpoint, one_line
 from prunus.families import Family, family_of, may_be_known, with_uneven_layers
 from prunus.files import atomic_folder, cache_folder, sha256
-from prunus.storage import Place, Stored
+from prunus.storage import Stored
 from prunus.weights import Parts
 
 RELOADED_BYTES = 1024**3
@@ -309,7 +308,7 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {one_line(error, 1000)}") from error
     checks.variant(name, family, config)
     try:
-        stored = storage.gathered(family, _places(folder, name))
+        stored = storage.gathered(family, shards.places(folder, name))
     except KeyError as error:
         raise BadCheckpoint(
             f"{name}: the checkpoint is incomplete, it lacks {error.args[0]}; download it again"
@@ -326,44 +325,6 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
     opened = Checkpoint(folder, name, config, family, sizes, stored, layout)
     checks.complete(name, opened.skeleton(torch.float32), stored)  # of any type: it is not known without an embedding
     return opened
-
-
-def _places(folder: Path, name: str) -> list[Place]:
-    """What the safetensors files hold, in the order in which it lies there."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
-        if pickles:
-            raise BadCheckpoint(
-                f"{name}: only pickle weights ({pickles[0]}). Unpickling runs code from the file, so Prunus does not. "
-                "Convert once, in a sandbox: load with transformers and save_pretrained(), which writes safetensors."
-            )
-        raise BadCheckpoint(f"{name}: no .safetensors file in {folder}; the download may be incomplete")
-    if (folder / weights.SINGLE).is_file():
-        paths = [folder / weights.SINGLE]  # as transformers does, whatever else is there
-    elif (folder / weights.INDEX).is_file():
-        try:
-            wanted = set(json.loads((folder / weights.INDEX).read_text())["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{name}: {weights.INDEX} is damaged ({error}); download it again") from error
-        missing = sorted(wanted - {path.name for path in paths})
-        if missing:
-            raise BadCheckpoint(f"{name}: {', '.join(missing)} missing though the index names it; download it again")
-        paths = [path for path in paths if path.name in wanted]
-    places = []
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for tensor in weights.names(path):
-                    found = file.get_slice(tensor)
-                    if found.get_dtype() not in weights.DTYPES:
-                        raise UnsupportedModel(f"{name}: {tensor} is of type {found.get_dtype()}. {checks.DEQUANTISE}")
-                    places.append(Place(path, tensor, tuple(found.get_shape())))
-        except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(
-                f"{name}: {path.name} cannot be read ({error}); it is truncated or damaged, download it again"
-            ) from error
-    return places
 
 
 def _from_hub(model: str) -> Path:

@@ -32,6 +32,7 @@ DEPENDS_ON = {
 BESIDE = {"text": (LARGER,), "search": (TOURNAMENT,), "distill": (BASELINE,)}
 """What else goes when a stage is done again."""
 RECORDS = (Path("recipe.yaml"), Path("run.json"))
+"""What says how the results of a run were made."""
 WITHOUT_EFFECT = {"distill": {"checkpoint_seconds", "gradient_checkpointing", "trackers"}, "search": {"workers"}}
 """Keys inside those that change no result."""
 

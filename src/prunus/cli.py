@@ -118,7 +118,7 @@ def _run(
 
 def _show(run: Run, recipe: Recipe, as_json: bool) -> None:
     """What a command made, in the run that it ended with."""
-    from prunus import results
+    from prunus import summary
     from prunus.recipe import STAGES
 
     several = len(recipe.sizes) > 1
@@ -127,9 +127,9 @@ def _show(run: Run, recipe: Recipe, as_json: bool) -> None:
         runs = {"runs": [str(run.root.with_name(size)) for size in recipe.sizes]} if several else {}
         typer.echo(json.dumps({"run": str(run.root), "files": files} | runs))
     elif several and recipe.stop_after == "report":
-        results.show_family(Path(recipe.to))
+        summary.show_family(Path(recipe.to))
     else:
-        results.show(run)
+        summary.show(run)
 
 
 def _stage_command(stage: str, help_text: str) -> None:

@@ -21,18 +21,17 @@ from prunus import (
     latency,
     parallel,
     results,
-    side_by_side,
     tasks,
     text,
-    trackers,
 )
-from prunus.budget import LIMITS, parse_budget, parse_share
+from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.claims import claim, claim_family
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, chat_template, shuffled
 from prunus.errors import BadOutput, BadRecipe
 from prunus.files import atomic_file, share
+from prunus.goal import check_goal
 from prunus.measure import measure, save_statistics
 from prunus.prune import prune
 from prunus.recipe import STAGES, Recipe
@@ -51,11 +50,10 @@ from prunus.run import (
 from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Candidate, Search, Standing, search
-from prunus.selection import check_legal, ranked_layers
+from prunus.selection import ranked_layers
 from prunus.sides import sides
 from prunus.sizes import members
 from prunus.source import Source, opened
-from prunus.space import legal_architectures
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.tournament import tournament
 from prunus.trackers import Track, tracked
@@ -74,7 +72,7 @@ def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = Non
     if len(recipe.sizes) > 1:
         return _several(recipe, redo, redo_stage)
     run = open_run(recipe)
-    _check_goal(run)
+    check_goal(run)
     with contextlib.ExitStack() as stack:
         parallel.first_alone(lambda: stack.enter_context(claim(run, redo=redo, redo_stage=redo_stage)))
         if beside is not None:
@@ -156,28 +154,6 @@ def _do(stage: str, run: Run) -> None:
             RUN_STAGE[stage](run)
 
     parallel.first_alone(alone)
-
-
-def _check_goal(run: Run) -> None:
-    """Refuse an architecture or budget that cannot be had before hours of work, or of results, are spent on it."""
-    recipe, model = run.recipe, run.first
-    side_by_side.check(recipe.search.workers)
-    trackers.check(recipe.distill.trackers)
-    if not run.finished("evaluate") and STAGES.index(recipe.stop_after) >= STAGES.index("evaluate"):
-        tasks.check_all([tasks.from_recipe(task) for task in recipe.evaluate.tasks])
-    known = min(model.positions, run.teacher.positions)
-    if recipe.data.block_size > known:
-        raise BadRecipe(f"data.block_size: {recipe.data.block_size} tokens, but the model knows {known} positions")
-    if recipe.latency and (parse_share(recipe.latency) or 0) > 1:
-        raise BadRecipe(f"latency: {recipe.latency} is more than the model takes; pruning only removes")
-    if recipe.arch is not None:
-        target = architecture.parse(recipe.arch, model.architecture)
-        check_legal(model.family, model.architecture, target)
-    else:
-        counted = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
-        if any(counted[kind] for kind in LIMITS):
-            budget = parse_budget(model, whole=run.teacher, **counted)
-            legal_architectures(model.family, model.architecture, budget, tolerance=recipe.search.tolerance)
 
 
 def _text(run: Run) -> None:

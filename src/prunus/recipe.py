@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +16,7 @@ from prunus import depth, importance
 from prunus.budget import CONTEXT, LIMITS, TIMES, check_amount, parse_quantity
 from prunus.errors import BadRecipe
 from prunus.losses import DIVERGENCES, HIDDEN_LOSSES
+from prunus.mistakes import explained, unknown
 from prunus.repair import DAMPING
 from prunus.schedule import SCHEDULES, Settings
 from prunus.teacher import KINDS
@@ -47,7 +47,9 @@ Amounts = Annotated[
     BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
     AfterValidator(lambda value: ",".join(check_amount(part.strip()) for part in value.split(","))),
 ]
-Place = Annotated[str, AfterValidator(lambda value: str(Path(value).expanduser()) if value.startswith("~") else value)]
+Location = Annotated[
+    str, AfterValidator(lambda value: str(Path(value).expanduser()) if value.startswith("~") else value)
+]
 """A file or folder, or a hub id."""
 Time = Annotated[str, AfterValidator(lambda value: check_amount(value, TIMES))]
 
@@ -150,13 +152,11 @@ def _one_of(axis: str) -> Any:
 
 def _name(options: Iterable[str]) -> Any:
     """One of these names; a typo gets a suggestion."""
-    options = tuple(options)
+    options = list(options)
 
     def check(value: str) -> str:
         if value not in options:
-            close = difflib.get_close_matches(value, options, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(options)}"
-            raise ValueError(f"{value!r} is unknown; {hint}")
+            raise ValueError(unknown(value, options))
         return value
 
     return Annotated[str, BeforeValidator(check)]
@@ -263,9 +263,9 @@ class Evaluate(Section):
 class Recipe(Section):
     """Everything that a run depends on."""
 
-    model: Place = Field(description="folder, hub id or .gguf file")
-    to: Place = Field(description="run directory")
-    start: Place | None = Field(
+    model: Location = Field(description="folder, hub id or .gguf file")
+    to: Location = Field(description="run directory")
+    start: Location | None = Field(
         None, description="an earlier student of `model`, which is cut instead of it; `model` teaches"
     )
     params: Amounts | None = Field(None, description="budget of parameters: 0.7x or 95M; several: 0.75x,0.5x")
@@ -349,7 +349,7 @@ def parse_section(section: type[Parsed], values: Mapping[str, Any], *, source: s
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        mistakes = [_explain(detail, section) for detail in error.errors()]
+        mistakes = explained(error, section)
         # pydantic looks at the whole only when its parts are right; the user should hear of both at once.
         if section is Recipe and (budget := _budget_mistake(values)) and budget not in mistakes:
             mistakes.append(budget)
@@ -388,39 +388,3 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             place = place[parent]
         place[last] = value
     return result
-
-
-def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
-    """A pydantic error as a line that says what to change."""
-    path = [str(part) for part in detail["loc"]]
-    where, kind = ".".join(path), detail["type"]
-    if kind == "extra_forbidden":
-        *parents, last = path
-        options = _known_keys(section, parents)
-        close = difflib.get_close_matches(last, options, n=1, cutoff=0.5)
-        known = f"did you mean {'.'.join([*parents, *close])!r}?" if close else f"known here: {', '.join(options)}"
-        return f"unknown key {where!r}; {known}"
-    if kind == "missing":
-        return f"{where} is missing"
-    if kind == "literal_error":
-        close = difflib.get_close_matches(str(detail["input"]), STAGES, n=1)
-        return f"{where}: {detail['input']!r} is unknown; " + (
-            f"did you mean {close[0]!r}?" if close else f"one of {', '.join(STAGES)}"
-        )
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
-
-
-def _known_keys(section: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        field = section.model_fields.get(part)
-        inner = getattr(field, "annotation", None)
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return list(_all_keys())
-        section = inner
-    return list(section.model_fields)
-
-
-def _all_keys() -> Iterator[str]:
-    for section in (Recipe, Data, Measure, Score, Search, Prune, Distill, Evaluate, LocalTask):
-        yield from section.model_fields

@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 import prunus
-from prunus import console, cost, formats, hardware
+from prunus import console, cost, hardware
 from prunus.architecture import Architecture
 from prunus.budget import LIMITS, Budget, Costs
 from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, Quality, qualities, samples, speed
 from prunus.prune import KEPT_FILE, build, cut
-from prunus.recipe import STAGES
 from prunus.run import BASELINE, LARGER, Run, read_json
 from prunus.scores import Scores
 from prunus.search import Candidate, Search
@@ -300,46 +297,6 @@ def versions() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
-
-
-def show(run: Run) -> None:
-    """Print what a run holds, for a reader."""
-    out = Console(highlight=False, markup=False)
-    if run.finished("evaluate"):
-        table = Table(box=None, header_style="bold")
-        for heading in ("", "parameters", "perplexity", "bits/byte", "KL", "top-1"):
-            table.add_column(heading, no_wrap=True, justify="left" if not heading else "right")
-        for model in read_json(run.path("evaluate"))["models"]:
-            table.add_row(
-                model["label"],
-                f"{model['parameters'] / 1e6:,.1f}M",
-                f"{model['perplexity']:.2f}",
-                f"{model['bits_per_byte']:.3f}",
-                f"{model['kl_to_teacher']:.3f}",
-                f"{model['top1_agreement']:.1%}",
-            )
-        out.print(table)
-    elif run.finished("search"):
-        entry = next(entry for entry in run.candidates["candidates"] if entry["chosen"])
-        out.print(f"{chosen(run.candidates, run.parent)}: {entry['parameters']:,} parameters")
-    if run.finished("search") and (note := run.candidates["budget"]["note"]):
-        out.print(f"Note: {note}")
-    last = max((stage for stage in STAGES if run.finished(stage)), key=STAGES.index)
-    out.print(f"Wrote {run.path(last)}")
-
-
-def show_family(root: Path) -> None:
-    """Print what the runs of several sizes hold, for a reader."""
-    family = read_json(root / FAMILY)
-    table = Table(box=None, header_style="bold")
-    for heading in ("", "parameters", "perplexity", "KL"):
-        table.add_column(heading, no_wrap=True, justify="left" if not heading else "right")
-    for size in (family["teacher"], *family["sizes"]):
-        quality = (f"{size['perplexity']:.2f}", f"{size['kl_to_teacher']:.3f}")
-        table.add_row(size["name"], formats.count(size["parameters"]), *quality)
-    out = Console(highlight=False, markup=False)
-    out.print(table)
-    out.print(f"Wrote {root / 'report.html'}")
 
 
 def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any]:

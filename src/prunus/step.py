@@ -44,12 +44,7 @@ class Batch(NamedTuple):
 
     def part(self, start: int, stop: int) -> Batch:
         some = slice(start, stop)
-        return self._replace(
-            indices=self.indices[some],
-            tokens_BS=self.tokens_BS[some],
-            positions_BS=self.positions_BS[some],
-            mask_BS=self.mask_BS[some],
-        )
+        return Batch(self.indices[some], self.tokens_BS[some], self.positions_BS[some], self.mask_BS[some], self.own)
 
 
 class Losses(nn.Module):

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import io
 import json
@@ -184,7 +185,7 @@ def check_all(tasks: Sequence[str | LocalTask]) -> None:
         if isinstance(task, LocalTask):
             check(task)
     with _quiet():
-        _manager([task for task in tasks if isinstance(task, str)])
+        _manager(tuple(task for task in tasks if isinstance(task, str)))
 
 
 def error_rate(
@@ -210,7 +211,7 @@ def _run(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager([task for task in tasks if isinstance(task, str)])
+    manager = _manager(tuple(task for task in tasks if isinstance(task, str)))
     local = {task: _harness_task(task, cache) for task in tasks if isinstance(task, LocalTask)}
     # a copy of the tokenizer, because lm-eval gives it a padding token; float32, because bfloat16 rounds log p to 1/16
     adapter = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
@@ -273,7 +274,8 @@ def _check_names(tasks: Sequence[str | LocalTask]) -> None:
         raise BadRecipe(f"tasks: {', '.join(twice)} given twice; the results are told apart by name")
 
 
-def _manager(names: Sequence[str]) -> TaskManager:
+@functools.cache
+def _manager(names: tuple[str, ...]) -> TaskManager:
     """lm-eval's index of tasks; reading it takes ten seconds, so it is left empty when no name is asked for."""
     from lm_eval.tasks import TaskManager
 

@@ -146,9 +146,14 @@ class Cache:
     @functools.cache  # noqa: B019
     def _head(self, device: torch.device) -> Head:
         tensors = load_file(self.folder / HEAD, device=str(device))
+        if "scale" not in tensors:
+            raise BadData(
+                f"{self.folder / HEAD}: of a version that left the factor on the logits out. Delete it and write the "
+                "cache again; the rest stays."
+            )
         softcap = tensors.get("softcap")
-        scale = float(tensors["scale"])
-        return Head(tensors["weight"], tensors.get("bias"), None if softcap is None else float(softcap), scale)
+        own = None if softcap is None else float(softcap)
+        return Head(tensors["weight"], tensors.get("bias"), own, float(tensors["scale"]))
 
 
 LAYOUT = {"samples": ("ids", "entropy"), "top_k": ("ids", "p"), "hidden": ("hidden",)}

@@ -1,0 +1,38 @@
+"""What can be told of a run before hours of work, or the results of an earlier one, are spent on it."""
+
+from __future__ import annotations
+
+from prunus import architecture, side_by_side, tasks, trackers
+from prunus.budget import LIMITS, parse_budget, parse_share
+from prunus.errors import BadRecipe
+from prunus.recipe import STAGES
+from prunus.run import Run
+from prunus.selection import check_legal
+from prunus.space import legal_architectures
+
+
+def check_goal(run: Run) -> None:
+    """Refuse a run that could not come to its end.
+
+    Raises:
+        BadRecipe: an architecture or budget that cannot be had, a longer block than the model can read, an unknown
+            task, a tracker or Ray not installed. BudgetUnreachable. PrunusError: lm-eval is not installed.
+    """
+    recipe, model = run.recipe, run.first
+    side_by_side.check(recipe.search.workers)
+    trackers.check(recipe.distill.trackers)
+    if not run.finished("evaluate") and STAGES.index(recipe.stop_after) >= STAGES.index("evaluate"):
+        tasks.check_all([tasks.from_recipe(task) for task in recipe.evaluate.tasks])
+    known = min(model.positions, run.teacher.positions)
+    if recipe.data.block_size > known:
+        raise BadRecipe(f"data.block_size: {recipe.data.block_size} tokens, but the model knows {known} positions")
+    if recipe.latency and (parse_share(recipe.latency) or 0) > 1:
+        raise BadRecipe(f"latency: {recipe.latency} is more than the model takes; pruning only removes")
+    if recipe.arch is not None:
+        target = architecture.parse(recipe.arch, model.architecture)
+        check_legal(model.family, model.architecture, target)
+    else:
+        counted = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
+        if any(counted[kind] for kind in LIMITS):
+            budget = parse_budget(model, whole=run.teacher, **counted)
+            legal_architectures(model.family, model.architecture, budget, tolerance=recipe.search.tolerance)
