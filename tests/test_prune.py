@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, VARIANTS, builder, for_each_kind, seen, weights_of
+from conftest import KINDS, VARIANTS, builder, for_each_kind, seen, tiny_model, weights_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -305,6 +305,17 @@ def test_repair_brings_the_student_nearer_to_its_teacher(teacher, blocks, axis):
     before = (read(build(student, torch.float32), blocks) - expected).norm()
     after = (read(repaired(teacher, student, blocks), blocks) - expected).norm()
     assert after < before
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("ernie4_5_moe", {"use_bias": True}), ("nemotron_h", {"mlp_bias": True})]
+)
+def test_repair_changes_nothing_where_nothing_was_lost(name, options, blocks, tmp_path):
+    """A shared expert is fitted to what the routed ones leave, of which its own bias is no part."""
+    teacher = tiny_model(name, tmp_path, **options)
+    student = cut(teacher, score(measure(teacher, blocks, gradients=False)), teacher.architecture)
+    expected = read(teacher.module(), blocks)
+    assert (read(repaired(teacher, student, blocks), blocks) - expected).norm() / expected.norm() < 1e-4
 
 
 def test_repair_of_a_redundant_cut_is_exact(llama, blocks, tmp_path):

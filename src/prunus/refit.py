@@ -157,13 +157,14 @@ class _BranchFit:
         wholes = self._outputs(mine, inputs) if branch.experts else itertools.repeat(None)
         for place, (normed_BSK, inner_BSF, whole_BSK) in enumerate(zip(mine, inner, wholes, strict=False)):
             inner_NF, targets_NK = inner_BSF.flatten(0, -2), targets[place]
+            inputs_NF = inner_NF if _bias(projection) is None else _with_ones(inner_NF)
             if branch.experts and branch.write_gate:
                 gate = layer.get_submodule(branch.write_gate)
-                inner_NF = inner_NF * torch.sigmoid(gate(normed_BSK.flatten(0, 1)))
+                inputs_NF = inputs_NF * torch.sigmoid(gate(normed_BSK.flatten(0, 1)))
             if whole_BSK is not None:
-                others_NK = whole_BSK.flatten(0, 1) - inner_NF @ layerwise.weight_of(projection).T
-                targets_NK = targets_NK - others_NK
-            sums.add(inner_NF if _bias(projection) is None else _with_ones(inner_NF), targets_NK)
+                own_NK = inputs_NF @ _joined(projection).to(inputs_NF.dtype).T
+                targets_NK = targets_NK - (whole_BSK.flatten(0, 1) - own_NK)
+            sums.add(inputs_NF, targets_NK)
         _set(projection, sums.solver(self.damping)(sums.cross_OK, _joined(projection)))
         return self._outputs(mine, inputs) if branch.experts else map(projection, inner)
 
