@@ -216,6 +216,11 @@ def test_masked_teacher_equals_saved_and_reloaded_student(teacher, blocks, axis,
     cut_and_reload(teacher, legal(teacher, axis), blocks, tmp_path)
 
 
+def test_beside_an_embedding_scaled_by_its_width_biases_shrink_too(blocks, tmp_path):
+    teacher = tiny_model("gemma", tmp_path / "teacher", attention_bias=True)
+    cut_and_reload(teacher, teacher.architecture.replace(hidden=36), blocks, tmp_path)
+
+
 def assert_cache_changes_nothing(model: torch.nn.Module, blocks: "object") -> None:
     prompt = blocks.batch([0])[0][:, :7]
     with_cache, without = (

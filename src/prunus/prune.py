@@ -211,7 +211,8 @@ def _correction(
     module = local.removesuffix(".weight")
     share = len(kept.hidden) / scores["hidden"].numel()
     stream_scale = math.sqrt(share) if family.scaled_embedding else 1.0
-    writes = any(module == branch.write and branch.post_norm is None for branch in family.branches)
+    written = module.removesuffix(".bias")  # of a norm alone the weight is scaled
+    writes = any(written == branch.write and branch.post_norm is None for branch in family.branches)
     if writes or local in family.connectors:
         return _as_it_is if stream_scale == 1.0 else lambda part: (part.float() * stream_scale).to(part.dtype)
     energy = scores.energy(module, layer)
