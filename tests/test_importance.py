@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import RandomBlocks, tiny_model
+from conftest import RandomBlocks, tiny_model, weights_of
 
 from prunus.checkpoint import load
 from prunus.depth import KINDS, contiguous_by_task, with_depth
@@ -13,6 +13,7 @@ from prunus.importance import AGGREGATIONS, TABLE, aggregate, score
 from prunus.measure import Statistics, measure
 from prunus.scores import load_scores, save_scores
 from prunus.source import in_memory
+from prunus.weight_norms import weight_norms
 
 
 def test_aggregations_by_hand():
@@ -82,6 +83,17 @@ def test_scores_of_experts_by_hand():
     assert TABLE["experts"]["frequency"](stats, "experts", "").tolist() == [[0.5, 0.0]]
     assert TABLE["expert_ffn"]["output"](stats, "expert_ffn", "").tolist() == [[[6.0, 0.0], [0.0, 0.0]]]
     assert TABLE["expert_ffn"]["activation"](stats, "expert_ffn", "").tolist() == [[[2.0, 0.0], [0.0, 0.0]]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_a_group_weighs_what_would_be_removed_with_it(name, tmp_path):
+    """Its query heads too; where every head has its own keys and values, no weight is a group's alone."""
+    teacher = tiny_model(name, tmp_path)
+    found = weight_norms(teacher)["weight/kv_heads"]
+    matrices = {name: units for name, units in teacher.layout.items() if len(units) == 2 and "head" in "".join(units)}
+    whole = sum(tensor.square().sum() for name, tensor in weights_of(teacher).items() if name in matrices)
+    torch.testing.assert_close(found.sum(), whole)
+    assert found.min() > 0
 
 
 def test_every_score_follows_a_permutation_of_the_neurons(llama, blocks, tmp_path):

@@ -51,10 +51,21 @@ def _add_matrix(
     for along, formula in zip(squares, formulas, strict=True):
         if formula == "hidden":
             norms["weight/hidden"].add_(along)
-        for axis in dims.names(formula) & set(WEIGHED_AXES):
+        names = dims.names(formula)
+        for axis in names & set(WEIGHED_AXES) | ({"kv_heads"} if "heads" in names else set()):
             if layer is not None:
-                owner = dims.owner(formula, sizes, axis)
+                owner = _owner(formula, sizes, axis)
                 norms[f"weight/{axis}"][layer].index_add_(0, owner[owner >= 0], along[owner >= 0])
+
+
+def _owner(formula: str, sizes: Architecture, axis: str) -> Tensor:
+    """`dims.owner`; a query head is a part of the group that it leaves with."""
+    owner = dims.owner(formula, sizes, axis)
+    if axis != "kv_heads":
+        return owner
+    heads = dims.owner(formula, sizes, "heads")
+    in_group = heads.div(sizes.heads // sizes.kv_heads, rounding_mode="floor")  # of −1, none: −1
+    return torch.where(owner < 0, in_group, owner)
 
 
 def _add_experts(
