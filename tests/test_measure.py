@@ -101,6 +101,22 @@ def test_block_influence_and_energy_by_hand(llama, blocks):
     assert stats.num_tokens == len(x_NH)
 
 
+def test_a_layer_that_changes_little_is_told_from_one_that_changes_nothing_in_bfloat16(llama, blocks):
+    model, streams = llama.module(torch.bfloat16), []
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.mlp.down_proj.weight.mul_(0.02)
+            layer.self_attn.o_proj.weight.mul_(0.02)
+    found = measure(llama, blocks, source=in_memory(model), grams=False).sums["cosine"]
+    layers_of(model)[1].register_forward_hook(lambda _, args, output: streams.extend((args[0], output)))
+    tokens, positions = blocks.batch(list(range(len(blocks))))
+    with torch.no_grad():
+        model(input_ids=tokens, position_ids=positions, use_cache=False)
+    before, after = (stream.double() for stream in streams)
+    lost = 1 - F.cosine_similarity(before, after, dim=-1).mean()
+    assert float(1 - found[1] / tokens.numel()) == pytest.approx(float(lost), rel=0.01)
+
+
 @for_each_kind
 def test_statistics_do_not_depend_on_the_batch_split(teacher, blocks, monkeypatch):
     together = measure(teacher, blocks)
