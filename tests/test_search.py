@@ -73,6 +73,18 @@ def test_of_several_limits_all_hold_and_one_is_used_up(llama):
         assert cost.parameters(llama.family, llama.layout, target) <= 1.01 * 0.9 * llama.parameters
 
 
+def test_a_neuron_may_take_less_than_a_microsecond(tmp_path):
+    wide = tiny_model("llama", tmp_path, intermediate_size=3072)
+    found = []
+    for speed in (1, 100):
+        rates = {name: rate / speed for name, rate in RATES.items()}
+        budget = parse_budget(wide, latency="0.7x", rates=rates)
+        found.append(legal_architectures(wide.family, wide.architecture, budget))
+        assert all(budget.use(target) == pytest.approx(1, abs=0.01) for target in found[-1])
+    slow, fast = map(len, found)
+    assert fast == pytest.approx(slow, rel=0.1)
+
+
 def test_neurons_that_no_limit_counts_all_stay(llama):
     found = legal_architectures(llama.family, llama.architecture, parse_budget(llama, kv_cache="0.67x"))
     assert {target.ffn for target in found} == {llama.architecture.ffn}

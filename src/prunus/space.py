@@ -109,8 +109,10 @@ def _filled(
     family: Family, filler: str, teacher: Architecture, base: Architecture, budget: Budget, tolerance: float
 ) -> list[Architecture]:
     """`base` with the one or two aligned numbers of neurons that bring it nearest to the budget from both sides."""
-    fixed = budget.shares(base.replace(**{filler: 0}))
-    each = [(whole - rest) / base[filler] for whole, rest in zip(budget.shares(base), fixed, strict=True)]
+    most = teacher[filler]
+    # Of all neurons at once: costs are whole numbers, and one neuron may take less than a microsecond.
+    fixed, full = (budget.shares(base.replace(**{filler: size})) for size in (0, most))
+    each = [(whole - rest) / most for whole, rest in zip(full, fixed, strict=True)]
     if max((rest for rest, per_neuron in zip(fixed, each, strict=True) if not per_neuron), default=0) > 1 + tolerance:
         return []  # a limit that neurons do not help
     room, per_neuron = min(
@@ -118,15 +120,15 @@ def _filled(
         default=(math.inf, 0.0),
     )
     if not per_neuron:  # no limit counts them, or none of the layers that stay has any
-        return [base.replace(**{filler: teacher[filler]})]
+        return [base.replace(**{filler: most})]
     if room < 1:
         return []
     least = _least(filler, family, teacher)
     step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance and s % least == 0), least)
     sizes = {int(room // step) * step, int(room // step + 1) * step}
-    if (room - teacher[filler]) * per_neuron > tolerance or abs(teacher[filler] - room) * per_neuron <= tolerance:
-        sizes.add(teacher[filler])
-    filled = [base.replace(**{filler: size}) for size in sorted(sizes) if 1 <= size <= teacher[filler]]
+    if (room - most) * per_neuron > tolerance or abs(most - room) * per_neuron <= tolerance:
+        sizes.add(most)
+    filled = [base.replace(**{filler: size}) for size in sorted(sizes) if 1 <= size <= most]
     return [candidate for candidate in filled if not family.illegal(candidate)]
 
 
