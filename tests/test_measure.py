@@ -11,7 +11,7 @@ from prunus import experts, hardware
 from prunus.anatomy import layers_of
 from prunus.depth import contiguous, contiguous_by_task, iterative, leave_one_out, logit_mse
 from prunus.elimination import removal_errors
-from prunus.errors import BadRecipe
+from prunus.errors import BadCheckpoint, BadRecipe
 from prunus.layerwise import Returned, branches_of, gram, has, weight_of
 from prunus.measure import load_statistics, measure, save_statistics
 from prunus.source import in_memory, on_disk, opened
@@ -126,6 +126,15 @@ def test_statistics_do_not_depend_on_the_batch_split(teacher, blocks, monkeypatc
         torch.testing.assert_close(apart.reductions[name], value, rtol=1e-3, atol=1e-4)
     for name, value in together.energies.items():
         torch.testing.assert_close(apart.energies[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("grams", "what"), [(True, "the model"), (False, "layer 1 of the model")])
+def test_a_model_that_overflows_is_refused(llama, blocks, grams, what):
+    model = llama.module(torch.float16)
+    with torch.no_grad():
+        layers_of(model)[1].mlp.down_proj.weight.mul_(3e4)
+    with pytest.raises(BadCheckpoint, match=f"what {what} computes on this text is NaN or infinite.*bfloat16"):
+        measure(llama, blocks, source=in_memory(model), grams=grams)
 
 
 def test_measuring_leaves_the_model_as_it_was(llama, blocks):

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus import hardware
 from prunus.anatomy import body_of, layers_of
+from prunus.errors import BadCheckpoint
 from prunus.families import Branch, Family
 from prunus.frozen import is_frozen
 
@@ -125,6 +126,15 @@ def enter_all(model: PreTrainedModel, blocks: TokenBlocks, *, batch_blocks: int)
 def run_layer(layer: nn.Module, stream_BSH: Tensor, inputs: dict[str, Any]) -> Tensor:
     output = layer(stream_BSH, **inputs)
     return output[0] if isinstance(output, tuple) else output
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises BadCheckpoint if some are not numbers: scores made from them would be chance."""
+    if not values.isfinite().all():
+        raise BadCheckpoint(
+            f"{what} on this text is NaN or infinite. float16 ends at 65,504: save a model that needs more in bfloat16 "
+            "or float32. One that is in these already is damaged."
+        )
 
 
 def has(layer: nn.Module, name: str) -> bool:

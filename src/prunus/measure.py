@@ -93,6 +93,8 @@ def measure(
         gradients: count errors of what neurons write as the loss minds them (`sensitivity`), which takes a backward
             pass over a part of the text; not where the model is on disk.
         progress: called with the layers done and in all.
+    Raises:
+        BadCheckpoint: what the model computes is not finite.
     """
     source, family = source or opened(teacher), teacher.family
     sketches = sensitivity(source.model, family, blocks) if grams and gradients and source.whole else None
@@ -107,6 +109,7 @@ def measure(
                 passes[number].batch_shape = before.shape[:2]
                 batch.stream_BSH = layerwise.run_layer(layer, before, batch.layer_inputs[number])
                 passes[number].add_cosine(before, batch.stream_BSH)
+        layerwise.check_finite(passes[number].cosine, f"what layer {number} of the model computes")
         passes[number].finish(_metrics(layer, number, family, sketches) if grams else {})
         progress(number + 1, count)
     final = _Reducer()

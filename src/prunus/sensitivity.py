@@ -40,6 +40,8 @@ def sensitivity(model: PreTrainedModel, family: Family, blocks: TokenBlocks) -> 
     Args:
         model: its weights stop asking for gradients.
         blocks: text, of which the beginning runs through the model; labels are drawn from what the model expects.
+    Raises:
+        BadCheckpoint: what the model computes is not finite.
     """
     tokens_1S, _ = blocks.batch([0])
     count = min(len(blocks), max(1, TOKENS // tokens_1S.shape[1]))
@@ -88,6 +90,7 @@ def _backward(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor, g
             hidden_BSH = (
                 anatomy.body_of(model)(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
             ).last_hidden_state
+        layerwise.check_finite(hidden_BSH, "what the model computes")
         hidden_BSH.backward(_head_gradient(model, hidden_BSH.detach(), generator))
     finally:
         handle.remove()
