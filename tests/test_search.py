@@ -1,6 +1,7 @@
 """Budgets, legal architectures, and the order of candidates."""
 
 import pytest
+import torch
 from conftest import for_each_kind, tiny_model
 
 from prunus import cost
@@ -61,6 +62,24 @@ def test_the_whole_model_uses_up_a_limit_of_all_it_has(llama, kind):
 def test_the_cache_is_as_long_as_the_context(llama):
     short, long = (parse_budget(llama, kv_cache="0.5x", context=tokens) for tokens in (1000, 8000))
     assert long.limits[0].target == 8 * short.limits[0].target
+
+
+def test_a_layer_with_a_sliding_window_keeps_no_more_of_the_cache_than_that(tmp_path):
+    """Of four layers every other one has a window of 8 tokens."""
+    teacher = tiny_model("gemma3_text", tmp_path)
+    a = teacher.architecture
+    of_a_token = 2 * a.kv_heads * a.head_dim * 4
+    for tokens, kept in ((100, 2 * 8 + 2 * 100), (6, 4 * 6)):
+        budget = parse_budget(teacher, kv_cache="1x", context=tokens)
+        assert budget.limits[0].target == kept * of_a_token
+    budget = parse_budget(teacher, kv_cache="1x", context=100, ranking=[1, 3, 0, 2])
+    found = [budget.cost(budget.limits[0], a.replace(layers=layers)) for layers in (1, 2, 3, 4)]
+    assert found == [kept * of_a_token for kept in (100, 200, 208, 216)]
+    model, prompt = teacher.module(), torch.randint(3, 90, (1, 40))
+    cache = model(input_ids=prompt, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    own_keys = 2 * of_a_token  # of each token that comes, which transformers adds when it is there
+    assert parse_budget(teacher, kv_cache="1x", context=40).limits[0].target == held + own_keys
 
 
 def test_of_several_limits_all_hold_and_one_is_used_up(llama):

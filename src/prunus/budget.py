@@ -28,6 +28,7 @@ class Costs:
         shapes: of the teacher's tensors.
         bytes_per_value: of a weight, and of a value in the KV cache.
         context: tokens of the KV cache of one sequence.
+        windows: see `cost.windows_of`.
         rates: microseconds of each of `amounts` (see `latency.measured_rates`); empty where no model was timed.
     """
 
@@ -35,6 +36,7 @@ class Costs:
     shapes: cost.Shapes
     bytes_per_value: int
     context: int = CONTEXT
+    windows: Sequence[int | None] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def parameters(self, architecture: Architecture) -> int:
@@ -44,8 +46,14 @@ class Costs:
         return self.parameters(architecture) * self.bytes_per_value
 
     def kv_cache(self, architecture: Architecture) -> int:
-        width = self.bytes_per_value
-        return self.context * cost.kv_bytes_per_token(self.family, self.shapes, architecture, bytes_per_value=width)
+        return cost.kv_bytes(
+            self.family,
+            self.shapes,
+            architecture,
+            context=self.context,
+            windows=self.windows or [None] * len(self.shapes.order),
+            bytes_per_value=self.bytes_per_value,
+        )
 
     def memory(self, architecture: Architecture) -> int:
         return self.weights(architecture) + self.kv_cache(architecture)
@@ -189,11 +197,12 @@ def parse_budget(
     given = {kind: text for kind, text in limits.items() if text is not None}
     if not given:
         raise BadRecipe(f"give a budget: {', '.join(LIMITS)}, or several of them (or an explicit arch)")
-    costs = _costs_of(model, context, rates, ranking)
+    costs = costs_of(model, context=context, rates=rates, ranking=ranking)
     mine = {kind: LIMITS[kind].of(costs, model.architecture) for kind in given}
     theirs = mine
     if whole is not None:
-        theirs = {kind: LIMITS[kind].of(_costs_of(whole, context, rates), whole.architecture) for kind in given}
+        others = costs_of(whole, context=context, rates=rates)
+        theirs = {kind: LIMITS[kind].of(others, whole.architecture) for kind in given}
     found = tuple(_limit(kind, text, theirs[kind]) for kind, text in given.items())
     if all(limit.target > mine[limit.kind] for limit in found):  # one of several may hold already
         held = ", ".join(f"{limit} is {limit.target:,}, and it has {mine[limit.kind]:,}" for limit in found)
@@ -201,11 +210,17 @@ def parse_budget(
     return Budget(costs, found)
 
 
-def _costs_of(
-    model: Checkpoint, context: int, rates: Mapping[str, float] | None, ranking: Sequence[int] | None = None
+def costs_of(
+    model: Checkpoint,
+    *,
+    context: int = CONTEXT,
+    rates: Mapping[str, float] | None = None,
+    ranking: Sequence[int] | None = None,
 ) -> Costs:
+    """Args as of `parse_budget`."""
     shapes = cost.shapes(model.family, model.layout, ranking)
-    return Costs(model.family, shapes, model.dtype.itemsize, context, rates or {})
+    windows = cost.windows_of(model.family.text(model.config), model.architecture.layers, ranking)
+    return Costs(model.family, shapes, model.dtype.itemsize, context, windows, rates or {})
 
 
 def _limit(kind: str, text: str, whole: int) -> Limit:

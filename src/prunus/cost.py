@@ -14,6 +14,8 @@ Layout = Mapping[str, tuple[str, ...]]
 """Tensor name → unit of each dimension, for every tensor of the teacher (tied heads once)."""
 Kind = Mapping[str, tuple[str, str]]
 """Part of the model → formulas (see `dims`) of its values, and of those that one token has to do with."""
+SLIDING = "sliding_attention"
+"""What a config calls a layer whose tokens look back a window only."""
 
 
 def layout(family: Family, tensors: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, ...]]:
@@ -138,6 +140,38 @@ def kv_bytes_per_token(family: Family, shapes: Shapes, architecture: Architectur
     """Of the cache that generation keeps; what Mamba layers keep does not grow with the tokens."""
     layers = attending(shapes, architecture)
     return layers * dims.size(family.cached, architecture) * bytes_per_value if layers else 0
+
+
+def kv_bytes(
+    family: Family,
+    shapes: Shapes,
+    architecture: Architecture,
+    *,
+    context: int,
+    windows: Sequence[int | None],
+    bytes_per_value: int,
+) -> int:
+    """Of the cache of one sequence of `context` tokens.
+
+    Args:
+        windows: see `windows_of`, in the order of `shapes`.
+    """
+    staying = zip(shapes.order[: architecture.layers], windows, strict=False)
+    kept = sum(min(window or context, context) for kind, window in staying if "attention" in shapes.kinds[kind])
+    return kept * dims.size(family.cached, architecture) * bytes_per_value if kept else 0
+
+
+def windows_of(config: object, layers: int, ranking: Sequence[int] | None = None) -> list[int | None]:
+    """How many tokens each layer's cache holds at most, as transformers' `DynamicCache` reads it from a config: those
+    of its sliding window; None where it has none.
+
+    Args:
+        config: of the language model.
+        ranking: layers in the order in which they stay (see `shapes`).
+    """
+    window, kinds = (getattr(config, key, None) for key in ("sliding_window", "layer_types"))
+    found = [window if kind == SLIDING else None for kind in kinds or [SLIDING] * layers]
+    return [found[layer] for layer in ranking or range(layers)]
 
 
 def attending(shapes: Shapes, architecture: Architecture) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import prunus
 from prunus import console, cost, hardware
 from prunus.architecture import Architecture
-from prunus.budget import LIMITS, Budget, Costs
+from prunus.budget import CONTEXT, LIMITS, Budget, Costs, costs_of
 from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, Quality, qualities, samples, speed
@@ -303,9 +303,7 @@ def _budget(budget: dict[str, Any], student: Checkpoint | None) -> dict[str, Any
     """The budget with what the written student costs, as far as its own tensors tell: not the time of a token."""
     if student is None:
         return budget
-    costs = Costs(student.family, cost.shapes(student.family, student.layout), student.dtype.itemsize)
-    costs = replace(costs, context=budget.get("context", costs.context))
-    counted = _costs(costs, student.architecture)
+    counted = _costs(costs_of(student, context=budget.get("context", CONTEXT)), student.architecture)
     limits = [limit | {"counted": counted.get(limit["kind"])} for limit in budget["limits"]]
     return budget | {"limits": limits}
 
