@@ -9,7 +9,7 @@ from prunus.budget import CONTEXT, LIMITS, parse_budget, parse_quantity
 from prunus.errors import BadRecipe, BudgetUnreachable
 from prunus.importance import score
 from prunus.measure import measure
-from prunus.search import lost_share, search
+from prunus.search import lost_share, probe_architectures, search
 from prunus.selection import illegal_cut
 from prunus.space import legal_architectures
 
@@ -150,6 +150,17 @@ def test_a_budget_below_the_smallest_legal_model_is_refused(llama):
 def test_budgets_that_make_no_sense(llama, budget, reason):
     with pytest.raises(BadRecipe, match=reason):
         parse_budget(llama, **budget)
+
+
+def test_each_axis_is_probed_by_the_limit_that_it_helps(llama):
+    """Neurons are no part of the cache: one fewer was as near to a budget of it as half of them."""
+    one, both = (
+        probe_architectures(llama.family, llama.architecture, parse_budget(llama, params="0.8x", kv_cache=cache))
+        for cache in (None, "0.5x")
+    )
+    assert both["ffn"] == one["ffn"]
+    assert both["hidden"] == one["hidden"]
+    assert one["ffn"].ffn < 0.75 * llama.architecture.ffn
 
 
 def test_lost_share_is_zero_for_all_and_grows_with_the_cut(llama, blocks):

@@ -142,12 +142,15 @@ def _lowest(values_RC: Tensor, keep: int) -> Tensor:
 
 
 def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -> dict[str, Architecture]:
-    """Per axis the cut of it alone that comes nearest to the budget, but at least half of the axis stays."""
+    """Per axis the cut of it alone that comes nearest to the budget, but at least half of the axis stays.
+
+    Of several limits all count: to most cuts the one that is used up most is the same.
+    """
     probes = {}
     for axis in probed_axes(teacher):
         options = [a for a in single_axis(teacher, axis) if not illegal_cut(family, teacher, a)]
         if options:
-            probes[axis] = min(options, key=lambda a: abs(budget.use(a) - 1))
+            probes[axis] = min(options, key=lambda a: sum(abs(share - 1) for share in budget.shares(a)))
     return probes
 
 
