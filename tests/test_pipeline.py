@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from prunus import hardware, recipe, results
 from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadOutput, BadRecipe
+from prunus.evaluate import quality
 from prunus.families import family_of
 from prunus.pipeline import compress
 from prunus.recipe import STAGES
@@ -115,6 +116,14 @@ def test_a_pattern_of_attention_that_is_broken_is_told(tmp_path, kept, warned):
     teacher = tiny_model("gemma3_text", tmp_path / "teacher", num_hidden_layers=9, layer_types=kinds)
     student = tiny_model("gemma3_text", tmp_path / "student", num_hidden_layers=6, layer_types=[kinds[n] for n in kept])
     assert bool(results.warnings(teacher, student)) == warned
+
+
+def test_candidates_are_cut_as_the_student_will_be(whole_model, corpus, tmp_path):
+    options = {"prune": {"repair": False, "norm_correction": False, "head_residuals": True}, "stop_after": "prune"}
+    options["search"] = SMALL["search"] | {"candidates": 1}
+    made = compress(make_recipe(whole_model, corpus, tmp_path / "run", params="0.5x", rounds=False, **options))
+    (chosen,) = (each for each in made.candidates["candidates"] if each["chosen"])
+    assert quality(made.pruned.module(), made.validation).loss == pytest.approx(chosen["measured"]["loss"], rel=1e-5)
 
 
 def test_a_second_call_changes_nothing(run):

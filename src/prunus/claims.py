@@ -22,7 +22,7 @@ DEPENDS_ON = {
     "text": ("model", "data", "distill.tokens", "measure.tokens", "prune.tokens"),
     "measure": ("start", "uneven", "measure", "distill.seed"),
     "score": ("score",),
-    "search": (*LIMITS, "context", "arch", "search", "prune.repair"),
+    "search": (*LIMITS, "context", "arch", "search", "prune.repair", "prune.norm_correction", "prune.head_residuals"),
     "prune": ("prune",),
     "distill": ("distill",),
     "evaluate": ("evaluate",),

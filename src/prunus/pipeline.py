@@ -235,6 +235,8 @@ def _search(run: Run) -> None:
             probe_blocks=max(1, recipe.search.probe_tokens // recipe.data.block_size),
             tolerance=recipe.search.tolerance,
             repair=recipe.prune.repair,
+            norm_correction=recipe.prune.norm_correction,
+            head_residuals=recipe.prune.head_residuals,
             progress=step,
         )
     if recipe.search.tokens:
@@ -269,8 +271,16 @@ def _candidate(run: Run, candidate: Candidate, to: Path) -> Checkpoint:
     """Cut and repaired, or as an earlier, killed run left it."""
     if to.is_dir():
         return load(to)
-    calibration = run.calibration if run.recipe.prune.repair else None
-    return prune(run.parent, run.scores, candidate.architecture, to=to, calibration=calibration)
+    options = run.recipe.prune
+    return prune(
+        run.parent,
+        run.scores,
+        candidate.architecture,
+        to=to,
+        calibration=run.calibration if options.repair else None,
+        norm_correction=options.norm_correction,
+        head_residuals=options.head_residuals,
+    )
 
 
 def _rates(run: Run) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from prunus.budget import Budget
 from prunus.checkpoint import Checkpoint
 from prunus.evaluate import Quality, quality
 from prunus.families import Family
-from prunus.prune import build, cut, repaired
+from prunus.prune import Student, build, cut, repaired
 from prunus.scores import Scores
 from prunus.selection import illegal_cut
 from prunus.space import TOLERANCE, legal_architectures, single_axis
@@ -165,6 +166,8 @@ def search(
     probe_blocks: int = 8,
     tolerance: float = TOLERANCE,
     repair: bool = True,
+    norm_correction: bool = True,
+    head_residuals: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Search:
     """Legal architectures near the budget, best first.
@@ -175,6 +178,7 @@ def search(
         heldout: text on which they are compared; must not be used for the final evaluation.
         candidates: how many are built and measured.
         probe_blocks: calibration blocks for each probe and candidate.
+        norm_correction, head_residuals: how they are cut, see `prune.cut`.
     Raises:
         BudgetUnreachable: no legal model is that small.
         DoesNotFit: the teacher and a repaired student would take more memory than is free.
@@ -193,7 +197,8 @@ def search(
         text = calibration.head(probe_blocks)
         fitted = len(text) if repair else 0
         memory.check_search(teacher, [*probes.values(), found[0]], blocks=fitted, block_size=text.block_size)
-        measurer = _Measurer(teacher, scores, text, heldout, repair, total, progress)
+        sliced = partial(cut, teacher, scores, norm_correction=norm_correction, head_residuals=head_residuals)
+        measurer = _Measurer(teacher, sliced, text, heldout, repair, total, progress)
         slopes |= {axis: _slope(measurer, scores, source, probe, axis) for axis, probe in probes.items()}
     predicted = [Candidate(a, budget.parameters(a), _damage(scores, source, a, slopes)) for a in found]
     predicted.sort(key=lambda candidate: candidate.predicted_damage)
@@ -212,14 +217,14 @@ class _Measurer:
     def __init__(
         self,
         teacher: Checkpoint,
-        scores: Scores,
+        cut: Callable[[Architecture], Student],
         calibration: Blocks,
         heldout: Blocks,
         repair: bool,
         total: int,
         progress: Callable[[int, int], None],
     ) -> None:
-        self.teacher, self.scores, self.repair = teacher, scores, repair
+        self.teacher, self.cut, self.repair = teacher, cut, repair
         self.calibration, self.heldout = calibration, heldout
         # Weights are fitted in the teacher's own type; to compare, the one that the machine is fastest in will do.
         self.dtype, dtype, device = hardware.fast_dtype(teacher.dtype), hardware.compute_dtype(), hardware.device()
@@ -230,7 +235,7 @@ class _Measurer:
 
     @torch.no_grad()
     def __call__(self, architecture: Architecture) -> Quality:
-        student = cut(self.teacher, self.scores, architecture)
+        student = self.cut(architecture)
         if self.repair:
             model = repaired(self.teacher, student, self.calibration, teacher_model=self.model)
         else:
