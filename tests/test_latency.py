@@ -11,6 +11,7 @@ from prunus.budget import parse_budget
 from prunus.importance import score
 from prunus.latency import fitted, measured_rates, tuned
 from prunus.measure import measure
+from prunus.space import legal_architectures
 
 RATES = {"step": 500.0, "layers": 100.0, "head": 0.2, "cached": 1.0, "looking": 20.0, "attention": 0.1, "ffn": 0.05}
 
@@ -23,9 +24,10 @@ def scores(llama, blocks):
 @pytest.fixture
 def clock(monkeypatch):
     """Stands in for the timing of models, which is noisy: their time by `RATES`, times what the test sets."""
-    pace = {"cut": 1.0}
+    pace = {"cut": 1.0, "turns": 0}
 
     def microseconds(teacher, scores, architectures, **_):
+        pace["turns"] += 1
         costs = parse_budget(teacher, latency="1x", rates=RATES).costs
         return [costs.latency(each) * (pace["cut"] if each != teacher.architecture else 1.0) for each in architectures]
 
@@ -58,6 +60,18 @@ def test_the_architecture_is_tuned_until_it_takes_as_long_as_asked(llama, scores
     start = llama.architecture.replace(layers=3)
     own, whole = latency.microseconds(llama, scores, [tuned(llama, scores, budget, start), llama.architecture])
     assert own / whole == pytest.approx(0.75, rel=0.025)
+
+
+def test_what_no_other_architecture_betters_stays(llama, scores, clock):
+    """A machine that is far slower with the cuts than the rates say, and one where another limit binds."""
+    smaller = llama.architecture.replace(layers=2)
+    clock["cut"] = 1000.0
+    assert tuned(llama, scores, parse_budget(llama, latency="0.75x", rates=RATES), smaller) == smaller
+    clock["cut"], clock["turns"] = 0.1, 0
+    budget = parse_budget(llama, latency="0.9x", params="0.6x", rates=RATES)
+    best = legal_architectures(llama.family, llama.architecture, budget)[0]
+    assert tuned(llama, scores, budget, best) == best
+    assert clock["turns"] == 1
 
 
 def test_models_are_timed_in_turns(llama, scores):

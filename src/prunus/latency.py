@@ -15,6 +15,7 @@ from prunus import cost, hardware
 from prunus.architecture import Architecture
 from prunus.budget import Budget, Costs
 from prunus.checkpoint import Checkpoint
+from prunus.errors import BudgetUnreachable
 from prunus.evaluate import speed
 from prunus.prune import build, cut
 from prunus.scores import Scores
@@ -100,7 +101,8 @@ def tuned(
     """The architecture, or one next to it, that takes as long as the limit says when it is itself timed.
 
     Beside the teacher in turns: what counts is its share of the teacher's time, because the machine is not always as
-    fast. After each try the limit is shifted by what it was missed by.
+    fast. After each try the limit is shifted by what it was missed by; where no other architecture is nearer to that,
+    or another limit leaves none, this one stays.
     """
     limit = next(limit for limit in budget.limits if limit.kind == "latency")
     wanted = limit.target / budget.cost(limit, teacher.architecture)
@@ -111,8 +113,13 @@ def tuned(
         predicted = budget.cost(limit, chosen) / budget.cost(limit, teacher.architecture)
         target = round(limit.target * predicted / (own / whole))
         limits = tuple(replace(each, target=target) if each is limit else each for each in budget.limits)
-        near = legal_architectures(teacher.family, teacher.architecture, replace(budget, limits=limits))
-        chosen = min(near, key=lambda each: _distance(each, chosen))
+        try:
+            near = legal_architectures(teacher.family, teacher.architecture, replace(budget, limits=limits))
+        except BudgetUnreachable:
+            break  # it is the shifted limit that nothing reaches, not the user's
+        earlier, chosen = chosen, min(near, key=lambda each: _distance(each, chosen))
+        if chosen == earlier:
+            break
     return chosen
 
 
