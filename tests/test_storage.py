@@ -8,7 +8,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from prunus import storage, weights
-from prunus.checkpoint import Checkpoint, load
+from prunus.checkpoint import Checkpoint, load, save
 from prunus.errors import BadCheckpoint, UnsupportedModel
 
 
@@ -60,6 +60,25 @@ def test_layers_that_predict_further_tokens_are_left_out(mixture):
     assert opened.stored.keys() == mixture.stored.keys()
     with pytest.raises(UnsupportedModel, match=r"no rule for 1 tensors, such as 'model\.layers\.3\.eh_proj"):
         load(rewritten(mixture, **{"model.layers.3.eh_proj.weight": torch.zeros(48, 96)}))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "count"),
+    [
+        ("qwen3_next", "mtp.fc.weight", {}),
+        ("qwen3_5", "mtp.fc.weight", {"mtp_num_hidden_layers": 1}),
+        ("ernie4_5_moe", "model.mtp_linear_proj.0.weight", {"num_nextn_predict_layers": 1}),
+        ("glm4_moe", "model.layers.4.eh_proj.weight", {"num_nextn_predict_layers": 1}),
+    ],
+)
+def test_so_they_are_under_a_name_of_their_own_and_are_not_counted(tmp_path, family, name, count):
+    """As they were published, and whatever is made of them: llama.cpp looks for as many as config.json says."""
+    model = tiny_model(family, tmp_path / "model", **count)
+    opened = load(rewritten(model, **{name: torch.zeros(48, 96)}))
+    assert opened.stored.keys() == model.stored.keys()
+    written = save(tmp_path / "out", opened.config, dict(opened.tensors()), like=opened)
+    text = opened.family.text(load(written.folder).config)
+    assert [getattr(text, key) for key in count] == [0] * len(count)
 
 
 def test_a_body_without_a_head_and_with_buffers_of_old(tmp_path):

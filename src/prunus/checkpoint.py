@@ -317,14 +317,22 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
         checks.tied(name, family, stored)
         stored.pop(f"{family.head}.weight", None)
     sizes = family.architecture(config)
-    if family.further_layers:
+    if family.further_layers and getattr(family.text(config), family.further_layers, None):
         stored = {tensor: place for tensor, place in stored.items() if (family.split(tensor)[0] or 0) < sizes.layers}
+        config = _without_further_layers(family, config, family.further_layers)
     checks.rules(name, family, sizes, stored)
     layout = cost.layout(family, {tensor: place.shape for tensor, place in stored.items()})
     sizes = sizes.only(family.sizes(formula for formulas in layout.values() for formula in formulas))
     opened = Checkpoint(folder, name, config, family, sizes, stored, layout)
     checks.complete(name, opened.skeleton(torch.float32), stored)  # of any type: it is not known without an embedding
     return opened
+
+
+def _without_further_layers(family: Family, config: PreTrainedConfig, count: str) -> PreTrainedConfig:
+    """A copy whose key `count` says so: llama.cpp would look for their weights."""
+    changed = copy.deepcopy(config)
+    setattr(family.text(changed), count, 0)
+    return changed
 
 
 def _from_hub(model: str) -> Path:

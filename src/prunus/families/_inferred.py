@@ -38,6 +38,8 @@ FUSED = {
     "2*expert_ffn": ("2*expert_ffn", "expert_ffn*2"),
 }
 """Dimensions whose order shapes do not tell, and the orders that are tried."""
+FURTHER_LAYERS = "num_nextn_predict_layers"
+"""Config key of how many layers predict further tokens, where there are such."""
 BELONG_TO_EXPERTS = ("top_k", "expert_ffn", "shared_experts", "expert_groups", "chosen_groups")
 
 Layout = dict[str, tuple[str, ...]]
@@ -77,7 +79,8 @@ def infer(config: PreTrainedConfig) -> Family:
 
 def _options(config: PreTrainedConfig) -> str:
     small = _probes.tiny(config, {size: BASE[size] for size in fields_of(config)})
-    options = {key: value for key, value in small.to_dict().items() if key not in ("_name_or_path", "architectures")}
+    others = ("_name_or_path", "architectures", FURTHER_LAYERS)
+    options = {key: value for key, value in small.to_dict().items() if key not in others}
     return json.dumps(options, sort_keys=True, default=str)
 
 
@@ -177,6 +180,7 @@ def _family(config: PreTrainedConfig, tiny: Tiny, seen: Mapping[str, Any], layou
         defaults={"ffn": "4*hidden"} if "ffn" in fields and getattr(config, fields["ffn"]) is None else {},
         stored_prefixes=prefixes,
         stored_as=stored_as,
+        further_layers=FURTHER_LAYERS,
     )
 
 

@@ -12,8 +12,7 @@ VARIANTS = tuple(
         buffers=(),
         constraints=(*variant.constraints, "heads_divide_hidden", "even_latent"),
         defaults={"expert_groups": "1", "chosen_groups": "1"},
-        further_layers=False,
-        fixed={},
+        further_layers=None,
     )
     for variant in deepseek_v3.VARIANTS
 )

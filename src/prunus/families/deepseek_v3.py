@@ -64,8 +64,7 @@ WITH_LATENT = Family(
     derived={"shared_ffn": "shared_experts*expert_ffn"},
     cached="kv_rank + rope_dim",
     layer_count_fields=("first_k_dense_replace",),
-    further_layers=True,
-    fixed={"num_nextn_predict_layers": 0},
+    further_layers="num_nextn_predict_layers",
     stored_as=STORED_EXPERTS,
 )
 

@@ -27,6 +27,5 @@ FAMILY = dataclasses.replace(
     ),
     cached="2*kv_heads*head_dim",
     per_layer_fields=("layer_types",),
-    further_layers=False,
-    fixed={},
+    further_layers=None,
 )

@@ -21,4 +21,6 @@ FAMILY = dataclasses.replace(
     per_layer_fields=(),
     layer_count_fields=("moe_layer_start_index",),
     fixed={"moe_layer_end_index": -1},
+    further_layers="num_nextn_predict_layers",
+    unread=(*dots1.FAMILY.unread, "model.mtp_*"),
 )

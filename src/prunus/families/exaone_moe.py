@@ -13,4 +13,5 @@ FAMILY = dataclasses.replace(
         "mlp.gate.e_score_correction_bias": ("mlp.e_score_correction_bias",),
     },
     per_layer_fields=("layer_types", "mlp_layer_types"),
+    further_layers="num_nextn_predict_layers",
 )

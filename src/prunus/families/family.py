@@ -190,14 +190,15 @@ class Family:
         buffers: names of tensors that are no parameters, but stored.
         latents: axis → the norm that spans it.
         gated_norms: norm of a Mamba layer's x·silu(z) → the size that counts the groups which it norms apart.
-        further_layers: layers beyond the last may be stored, which predict further tokens; transformers does not load
-            them, and they are left out.
+        further_layers: config key of how many layers predict further tokens, in files as layers beyond the last or
+            under a name of their own; transformers does not load them, and they are left out.
         ignores_positions: its code makes masks without them, so it must be told where documents end (see `packing`).
         requires: config key → the only value for which the above holds; "a.b" is b in the mapping a.
         fields: config key of each size.
         derived: sizes that follow from others: name → formula.
         defaults: formulas of sizes that a config need not give.
-        unread: patterns of names in a checkpoint that transformers does not read, such as buffers of old.
+        unread: patterns of names in a checkpoint that transformers does not read, such as buffers of old, and layers
+            that predict further tokens.
         cached: formula of the values that a layer keeps of a token while it generates.
         per_layer_fields, layer_count_fields: see `architecture.to_config`.
         branch_layers: config key → branch: the key lists the layers that have it.
@@ -235,13 +236,13 @@ class Family:
     buffers: tuple[str, ...] = ()
     latents: Mapping[str, str] = field(default_factory=dict)
     gated_norms: Mapping[str, str] = field(default_factory=dict)
-    further_layers: bool = False
+    further_layers: str | None = None
     ignores_positions: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
     derived: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
-    unread: tuple[str, ...] = ("*rotary_emb.inv_freq",)
+    unread: tuple[str, ...] = ("*rotary_emb.inv_freq", "mtp.*")
     cached: str = "2*kv_heads*head_dim"
     per_layer_fields: tuple[str, ...] = ()
     layer_count_fields: tuple[str, ...] = ()

@@ -9,6 +9,5 @@ FAMILY = dataclasses.replace(
     dots1.FAMILY,
     model_type="glm4_moe",
     per_layer_fields=(),
-    further_layers=True,
-    fixed={"num_nextn_predict_layers": 0},
+    further_layers="num_nextn_predict_layers",
 )

@@ -10,4 +10,5 @@ FAMILY = dataclasses.replace(
     branch_layers={},
     fixed={},
     per_layer_fields=("layer_types", "mlp_layer_types"),
+    further_layers="num_nextn_predict_layers",
 )

@@ -70,6 +70,7 @@ FAMILY = Family(
     )
     | mamba_fields("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size"),
     per_layer_fields=("layers_block_type",),
+    further_layers="num_nextn_predict_layers",
     stored_prefixes=(("model.", "backbone."),),
     stored_as={
         "mixer.experts.up_proj": ("mixer.experts.*.up_proj.weight",),

@@ -11,4 +11,5 @@ FAMILY = dataclasses.replace(
     layer_weights={**qwen2_moe.FAMILY.layer_weights, **qwen3_next.GATED, **qwen3_next.QK_NORMS, **qwen3_5_text.DELTA},
     branches=(ATTENTION, qwen3_5_text.LINEAR_ATTENTION, qwen2_moe.FAMILY.branches[-1]),
     branch_layers={},
+    further_layers=qwen3_5_text.FURTHER_LAYERS,
 )

@@ -17,6 +17,7 @@ LINEAR_ATTENTION = dataclasses.replace(
     qwen3_next.FAMILY.branches[1], reads=tuple(name.removesuffix(".weight") for name in DELTA if "in_proj" in name)
 )
 LINEAR_FIELDS = {size: key for size, key in qwen3_next.FAMILY.fields.items() if key.startswith("linear_")}
+FURTHER_LAYERS = "mtp_num_hidden_layers"
 
 FAMILY = dataclasses.replace(
     qwen3_next.FAMILY,
@@ -27,4 +28,5 @@ FAMILY = dataclasses.replace(
     fields=FIELDS | LINEAR_FIELDS,
     stored_as={},
     branch_layers={},
+    further_layers=FURTHER_LAYERS,
 )
