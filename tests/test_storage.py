@@ -81,6 +81,20 @@ def test_so_they_are_under_a_name_of_their_own_and_are_not_counted(tmp_path, fam
     assert [getattr(text, key) for key in count] == [0] * len(count)
 
 
+@pytest.mark.parametrize(("family", "name"), [("qwen3", "lm_head"), ("mistral3", "language_model.lm_head")])
+def test_a_head_that_config_json_calls_tied_and_that_is_another(tmp_path, family, name):
+    """transformers keeps it. So is Mistral Small 3.1, whose config.json says nothing, which means tied."""
+    model, head = tiny_model(family, tmp_path / "model"), torch.randn(97, 48)
+    assert model.config.tie_word_embeddings
+    opened = load(rewritten(model, **{f"{name}.weight": head}))
+    written = load(save(tmp_path / "out", opened.config, dict(opened.tensors()), like=opened).folder)
+    for each in (opened, written):
+        assert not each.config.tie_word_embeddings
+        assert not each.config.get_text_config().tie_word_embeddings
+        assert torch.equal(each.tensor("lm_head.weight"), head)
+        assert torch.equal(each.module().lm_head.weight, head)
+
+
 def test_a_body_without_a_head_and_with_buffers_of_old(tmp_path):
     """As GPT-2's own checkpoint is."""
     model = tiny_model("gpt2", tmp_path / "model", tie_word_embeddings=True)

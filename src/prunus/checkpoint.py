@@ -313,8 +313,10 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
         raise BadCheckpoint(
             f"{name}: the checkpoint is incomplete, it lacks {error.args[0]}; download it again"
         ) from error
+    if config.tie_word_embeddings and not storage.may_be_tied(family, stored):
+        config = _untied(family, config)
+        family = family_of(config.model_type, config)
     if config.tie_word_embeddings:
-        checks.tied(name, family, stored)
         stored.pop(f"{family.head}.weight", None)
     sizes = family.architecture(config)
     if family.further_layers and getattr(family.text(config), family.further_layers, None):
@@ -326,6 +328,14 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
     opened = Checkpoint(folder, name, config, family, sizes, stored, layout)
     checks.complete(name, opened.skeleton(torch.float32), stored)  # of any type: it is not known without an embedding
     return opened
+
+
+def _untied(family: Family, config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that says what transformers does whatever it said: a head that is stored beside an embedding unlike it is
+    kept. Many configs of models that see say nothing, and mean that of their decoder (Mistral Small 3.1)."""
+    changed = copy.deepcopy(config)
+    changed.tie_word_embeddings = family.text(changed).tie_word_embeddings = False
+    return changed
 
 
 def _without_further_layers(family: Family, config: PreTrainedConfig, count: str) -> PreTrainedConfig:

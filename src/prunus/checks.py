@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunus import dims
@@ -45,20 +44,6 @@ def variant(name: str, family: Family, config: PreTrainedConfig) -> None:
                 f"{name}: {key} is {found} in config.json; of {family.model_type} only models with {value} are "
                 "supported, because the others read the residual stream otherwise"
             )
-
-
-def tied(name: str, family: Family, stored: Mapping[str, Stored]) -> None:
-    """A head that config.json calls tied and that is stored all the same must be the embedding."""
-    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
-    if head not in stored or embedding not in stored:
-        return
-    mine, other = stored[head].parts(), stored[embedding].parts()
-    same = mine.shape == other.shape and all(map(torch.equal, mine.read(), other.read()))
-    if not same:
-        raise BadCheckpoint(
-            f"{name}: config.json says that {head} is tied to {embedding}, but the two differ; transformers would drop "
-            f'{head}. Set "tie_word_embeddings": false if the head is right, or remove it from the file.'
-        )
 
 
 def rules(name: str, family: Family, architecture: Architecture, stored: Mapping[str, Stored]) -> None:

@@ -91,6 +91,15 @@ def gathered(family: Family, found: list[Place]) -> dict[str, Stored]:
     return {unfolded: whole[name] for name, unfolded in _unfolded(family, whole).items()}
 
 
+def may_be_tied(family: Family, stored: Mapping[str, Stored]) -> bool:
+    """Whether the head, if it is stored at all, is the embedding."""
+    head, embedding = (stored.get(f"{module}.weight") for module in (family.head, family.embedding))
+    if head is None or embedding is None:
+        return True
+    mine, other = head.parts(), embedding.parts()
+    return mine.shape == other.shape and all(map(torch.equal, mine.read(), other.read()))
+
+
 def _known(family: Family, name: str) -> str:
     """The model's name of what has another prefix in a checkpoint."""
     if name.startswith(tuple(here for here, _ in family.stored_prefixes)):
