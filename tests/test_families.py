@@ -9,7 +9,7 @@ import torch
 from conftest import builder, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 import prunus as pr
 from prunus import architecture, cost, dims
@@ -188,6 +188,18 @@ def test_a_model_of_several_types_is_written(llama, tmp_path):
     config.dtype = torch.bfloat16
     written = save(tmp_path / "model", config, tensors, like=llama)
     assert torch.equal(written.tensor("model.norm.weight"), tensors["model.norm.weight"])
+
+
+def test_code_that_does_not_go_along_is_not_named(whole_model, tmp_path):
+    """Phi-4-mini, DeepSeek and others bring the code of old; who trusts such code must not be sent for it."""
+    folder = shutil.copytree(whole_model, tmp_path / "model")
+    for name, code in [("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")]:
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | {"auto_map": {code: "other.Other"}}))
+    opened = pr.load(folder)
+    written = save(tmp_path / "out", opened.config, dict(opened.tensors()), like=opened)
+    for kind in (AutoConfig, AutoTokenizer):
+        assert kind.from_pretrained(written.folder, trust_remote_code=True)
 
 
 def test_the_factors_of_a_long_context_tie_heads_to_hidden(tmp_path):

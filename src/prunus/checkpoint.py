@@ -249,6 +249,8 @@ def save(
                 file.unlink()
         for name, content in (extra_files or {}).items():
             (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        for file in partial.glob("*_config.json"):
+            _forget_code(file)
     stored = {name: tensor.moved(folder) for name, tensor in written.stored.items()}
     return dataclasses.replace(written, folder=folder, stored=stored)
 
@@ -283,12 +285,23 @@ def _rows(tensor: Tensor, rows: slice) -> Tensor:
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Parts]) -> None:
     family = family_of(config.model_type, config)
     weights.write(folder, storage.scattered(family, tensors))
-    config = family.folding.folded(config) if family.folding else copy.copy(config)
     if family.folding:
+        config = family.folding.folded(config)
         shutil.copy(family.folding.code, folder / family.folding.code_name)
+    else:
+        config = copy.copy(config)
+        # The teacher's own code does not go along; transformers would miss it where trust_remote_code is set.
+        vars(config).pop("auto_map", None)
     # Runtimes choose their code by it; the config of a GGUF file, or of a body without its head, has none or another.
     config.architectures = [_builder(family)._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
+
+
+def _forget_code(file: Path) -> None:
+    """Take code of its own out of a tokenizer's or processor's config."""
+    values = json.loads(file.read_text())
+    if values.pop("auto_map", None):
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False))
 
 
 def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint:
