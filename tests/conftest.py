@@ -176,6 +176,7 @@ VARIANTS = {
     "deepseek_v3, without a query latent": {"q_lora_rank": None},
     "deepseek_v2, without a query latent": {"q_lora_rank": None},
     "granitemoehybrid, dense": {"num_local_experts": 0},
+    "granitemoehybrid, attention alone": {"num_local_experts": 0, "layer_types": ["full_attention"] * 4},
     "jamba, dense": {"num_experts": 1},
     "falcon_h1, without a norm": {"mamba_rms_norm": False},
     "falcon, multi-query": {"new_decoder_architecture": False},

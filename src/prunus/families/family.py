@@ -202,7 +202,7 @@ class Family:
         cached: formula of the values that a layer keeps of a token while it generates.
         per_layer_fields, layer_count_fields: see `architecture.to_config`.
         branch_layers: config key → branch: the key lists the layers that have it.
-        fixed: config key → value in every cut model, where layers are counted otherwise.
+        fixed: config key → value in every cut model, unless a size stands there.
         uncut: axis → why it cannot be cut.
         nested: config key under which the language model's own config stands, beside those of what sees or hears.
         vision: what names of tensors begin with that belong to a vision tower and the connector. They stay as they are

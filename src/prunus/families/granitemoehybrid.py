@@ -36,6 +36,8 @@ WITH_EXPERTS = dataclasses.replace(
     ignores_positions=True,
     fields={**granitemoe.FAMILY.fields, "ffn": "shared_intermediate_size"} | BAMBA_FIELDS | {"expand": "mamba_expand"},
     per_layer_fields=("layer_types",),
+    # Where no layer has them (Granite 4 Micro), its config still checks that they are expand × hidden.
+    fixed={"mamba_n_heads": 1, "mamba_d_head": "auto"},
 )
 
 WITHOUT = dataclasses.replace(
