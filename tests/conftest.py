@@ -96,7 +96,7 @@ OWN = {
     "exaone_moe": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8,
                    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_layer_end_index": 3},
-    "hunyuan_v1_moe": {"moe_topk": 2},
+    "hunyuan_v1_moe": {"num_experts_per_tok": [2] * 4, "moe_intermediate_size": [40] * 4, "num_shared_expert": [1] * 4},
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mamba_norm_before_gate": False},

@@ -122,6 +122,19 @@ def test_no_token_changes_what_comes_before_it(teacher, blocks):
     torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4)
 
 
+def test_sizes_that_are_listed_for_each_layer_stay_so(tmp_path):
+    """As Hunyuan-A13B's, whose experts' width transformers does not read where vLLM and llama.cpp do."""
+    model = tiny_model("hunyuan_v1_moe", tmp_path)
+    target = model.architecture.replace(layers=2, expert_ffn=16, top_k=1)
+    cut = model.family.cut_config(model.config.to_dict(), target, [1, 3])
+    assert cut["moe_topk"] == cut["num_shared_expert"] == [1, 1]
+    assert cut["moe_intermediate_size"] == [cut["intermediate_size"]] * 2 == [16, 16]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"moe_topk": [2, 2, 2, 1]}))
+    with pytest.raises(UnsupportedModel, match=r"moe_topk in config\.json differs from layer"):
+        pr.load(tmp_path)
+
+
 def test_old_configs_mean_hidden_by_heads():
     fields = family_of("llama").fields
     config = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=4).to_dict() | {"head_dim": None}

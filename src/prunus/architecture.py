@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prunus import dims
-from prunus.errors import BadRecipe
+from prunus.errors import BadRecipe, UnsupportedModel
 
 AXES = {
     "layers": "decoder layers",
@@ -103,12 +103,23 @@ def from_config(
     Args:
         derived: see `Architecture`.
         defaults: formulas of sizes that a config need not give.
+    Raises:
+        UnsupportedModel: a size that is listed layer by layer, and not the same in all.
     """
-    sizes = {size: int(config[key]) for size, key in fields.items() if config.get(key) is not None}
+    sizes = {size: _of_all_layers(key, config[key]) for size, key in fields.items() if config.get(key) is not None}
     sizes |= {size: dims.size(rule, sizes) for size, rule in (defaults or {}).items() if size not in sizes}
     if "head_dim" not in sizes and "heads" in sizes:
         sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
     return Architecture(derived, **sizes)
+
+
+def _of_all_layers(key: str, value: Any) -> int:
+    """A size that may be listed for each layer."""
+    if not isinstance(value, list):
+        return int(value)
+    if len(set(value)) != 1:
+        raise UnsupportedModel(f"{key} in config.json differs from layer to layer, which is not supported")
+    return int(value[0])
 
 
 def to_config(
@@ -130,7 +141,7 @@ def to_config(
         target: sizes after the cut.
         fields: config key of each size.
         kept_layers: ascending indices of the teacher's layers that stay.
-        per_layer_fields: keys that hold one entry per layer; entries of removed layers are dropped.
+        per_layer_fields: keys that may hold one entry per layer; entries of removed layers are dropped.
         layer_count_fields: keys that hold "the first n layers"; n is recounted among the kept layers.
         others: more keys and their values.
         nested: key under which all these stand; None where they stand in `config` itself.
@@ -149,17 +160,25 @@ def to_config(
         whole = {**config, nested: inner} if nested else inner
         for path, size in (other_fields or {}).items():
             section, _, key = path.rpartition(".")
-            whole |= {section: {**whole[section], key: target[size]}} if section else {key: target[size]}
+            values = whole[section] if section else whole
+            changed = {key: _as_listed(values.get(key), target[size], target.layers)}
+            whole |= {section: {**values, **changed}} if section else changed
         return whole
     cut = {**config, **(others or {})}
-    cut |= {key: target[size] for size, key in fields.items() if size in target}
+    sizes = {key: target[size] for size, key in fields.items() if size in target}
+    cut |= {key: _as_listed(config.get(key), size, target.layers) for key, size in sizes.items()}
     for key in per_layer_fields:
-        if cut.get(key) is not None:
+        if isinstance(cut.get(key), Sequence):
             cut[key] = [config[key][i] for i in kept_layers]
     for key in layer_count_fields:
         if cut.get(key) is not None:
             cut[key] = sum(i < config[key] for i in kept_layers)
     return cut
+
+
+def _as_listed(before: Any, size: int, layers: int) -> int | list[int]:
+    """For each layer where it was listed so."""
+    return [size] * layers if isinstance(before, list) else size
 
 
 def parse(text: str, teacher: Architecture) -> Architecture:

@@ -1,4 +1,5 @@
-"""Hunyuan's mixtures of experts, one of which is shared. Queries and keys are normed per head, behind the rotation."""
+"""Hunyuan's mixtures of experts, one of which is shared. Queries and keys are normed per head, behind the rotation.
+Sizes of experts may be listed for each layer; transformers reads their width elsewhere than vLLM and llama.cpp do."""
 
 import dataclasses
 
@@ -35,5 +36,7 @@ FAMILY = Family(
     constraints=("even_head_dim", "aligned_experts"),
     fields=expert_fields("num_experts", "intermediate_size", "moe_topk"),
     derived={"shared_ffn": "1*expert_ffn"},
+    other_fields={"moe_intermediate_size": "expert_ffn"},
+    per_layer_fields=("num_shared_expert",),
     stored_as=STORED_EXPERTS,
 )
