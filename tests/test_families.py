@@ -105,7 +105,7 @@ def test_per_layer_fields_follow_the_kept_layers(teacher):
     )
     if teacher.family.nested:
         config, cut = config[teacher.family.nested], cut[teacher.family.nested]
-    for key in teacher.family.per_layer_fields:
+    for key in config.keys() & teacher.family.per_layer_fields:
         assert cut[key] == [config[key][1], config[key][3]]
     for key in teacher.family.layer_count_fields:
         assert cut[key] == sum(layer < config[key] for layer in (1, 3))
@@ -133,6 +133,26 @@ def test_sizes_that_are_listed_for_each_layer_stay_so(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"moe_topk": [2, 2, 2, 1]}))
     with pytest.raises(UnsupportedModel, match=r"moe_topk in config\.json differs from layer"):
         pr.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "sizes", "after"),
+    [
+        ("mamba2", {"intermediate_size": 96}, {"mamba_heads": 6, "hidden": 24}, {"intermediate_size": 48}),
+        ("mamba", {"d_model": 48, "d_inner": 96}, {"mamba_heads": 60, "hidden": 32}, {"d_model": 32, "d_inner": 60}),
+        ("gpt_oss", {"experts_per_token": 2}, {"top_k": 1}, {"experts_per_token": 1}),
+        ("exaone_moe", {"is_moe_layer": [False, True, True, True]}, {"layers": 2}, {"is_moe_layer": [False, True]}),
+        ("minimax_m2", {"attn_type_list": [1] * 4}, {"layers": 2}, {"attn_type_list": [1] * 2}),
+    ],
+)
+def test_what_only_others_read_of_a_config_is_right_too(family, before, sizes, after, tmp_path):
+    """As published: vLLM and llama.cpp take the width of Codestral Mamba from a key that transformers ignores."""
+    file = tiny_model(family, tmp_path).folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | before))
+    model = pr.load(tmp_path)
+    target = model.architecture.replace(**sizes)
+    cut = model.family.cut_config(model.config.to_dict(), target, range(target.layers))
+    assert {key: cut[key] for key in before} == after
 
 
 def test_old_configs_mean_hidden_by_heads():

@@ -145,7 +145,7 @@ def to_config(
         layer_count_fields: keys that hold "the first n layers"; n is recounted among the kept layers.
         others: more keys and their values.
         nested: key under which all these stand; None where they stand in `config` itself.
-        other_fields: key, or "section.key", of the whole config → a size that stands there too.
+        other_fields: key, or "section.key", of the whole config → formula of a size, where such a key stands there.
     """
     if nested or other_fields:
         inner = to_config(
@@ -158,11 +158,12 @@ def to_config(
             others=others,
         )
         whole = {**config, nested: inner} if nested else inner
-        for path, size in (other_fields or {}).items():
+        for path, formula in (other_fields or {}).items():
             section, _, key = path.rpartition(".")
             values = whole[section] if section else whole
-            changed = {key: _as_listed(values.get(key), target[size], target.layers)}
-            whole |= {section: {**values, **changed}} if section else changed
+            if key in values:
+                changed = {key: _as_listed(values[key], dims.size(formula, target), target.layers)}
+                whole |= {section: {**values, **changed}} if section else changed
         return whole
     cut = {**config, **(others or {})}
     sizes = {key: target[size] for size, key in fields.items() if size in target}

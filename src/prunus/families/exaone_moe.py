@@ -12,6 +12,6 @@ FAMILY = dataclasses.replace(
         **dots1.FAMILY.stored_as,
         "mlp.gate.e_score_correction_bias": ("mlp.e_score_correction_bias",),
     },
-    per_layer_fields=("layer_types", "mlp_layer_types"),
+    per_layer_fields=("layer_types", "mlp_layer_types", "is_moe_layer"),
     further_layers="num_nextn_predict_layers",
 )

@@ -208,7 +208,8 @@ class Family:
         vision: what names of tensors begin with that belong to a vision tower and the connector. They stay as they are
             but for the dimensions that `outer_weights` names.
         connectors: tensors that write to the stream beside an embedding that is scaled by √hidden.
-        other_fields: key, or "section.key", of the config → a size that stands there too.
+        other_fields: key, or "section.key", of the config → formula of a size that may stand there too. Transformers
+            need not read it: others do.
         first_layers: how many first layers must stay; or "section.key" of a list, because something is added behind the
             layers that it counts.
         layer_periods: keys of the numbers of layers after which their kinds repeat, where these follow from the layer's

@@ -30,6 +30,7 @@ FAMILY = Family(
     branches=(ATTENTION, dataclasses.replace(EXPERTS, reads=("mlp.router",))),
     constraints=("even_head_dim", "aligned_experts"),
     fields=expert_fields("num_local_experts", "intermediate_size"),
+    other_fields={"experts_per_token": "top_k"},
     ignores_positions=True,
     per_layer_fields=("layer_types",),
 )

@@ -23,4 +23,5 @@ FAMILY = Family(
         "dt_rank": "time_step_rank",
         "mamba_heads": "intermediate_size",
     },
+    other_fields={"d_model": "hidden", "d_inner": "mamba_heads", "n_layer": "layers"},
 )

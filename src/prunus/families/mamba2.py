@@ -21,4 +21,5 @@ FAMILY = Family(
     constraints=("mamba_is_expand",),
     fields={"layers": "num_hidden_layers", "hidden": "hidden_size", "vocab": "vocab_size"}
     | mamba_fields("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size", expand="expand"),
+    other_fields={"intermediate_size": "mamba_heads*mamba_head_dim"},
 )

@@ -13,6 +13,7 @@ FAMILY = dataclasses.replace(
         "mlp.e_score_correction_bias": ("experts",),
     },
     norms=olmoe.FAMILY.norms,
+    per_layer_fields=("attn_type_list",),
     buffers=("mlp.e_score_correction_bias",),
     stored_as={
         **mixtral.FAMILY.stored_as,
