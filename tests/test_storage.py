@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from prunus import storage, weights
+from prunus import checkpoint, storage, weights
 from prunus.checkpoint import Checkpoint, load, save
 from prunus.errors import BadCheckpoint, UnsupportedModel
 
@@ -93,6 +94,16 @@ def test_a_head_that_config_json_calls_tied_and_that_is_another(tmp_path, family
         assert not each.config.get_text_config().tie_word_embeddings
         assert torch.equal(each.tensor("lm_head.weight"), head)
         assert torch.equal(each.module().lm_head.weight, head)
+
+
+def test_the_hub_gives_each_weight_once(tmp_path, monkeypatch):
+    files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model.v3"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json"]
+    asked = {}
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **patterns: asked.update(patterns) or tmp_path)
+    with pytest.raises(BadCheckpoint, match=r"no config\.json"):
+        load("owner/name")
+    assert list(filter_repo_objects(files + others, **asked)) == files
 
 
 def test_a_body_without_a_head_and_with_buffers_of_old(tmp_path):

@@ -45,6 +45,8 @@ RELOADED_BYTES = 1024**3
 """Models up to this size are read back by transformers and compared when they have been written; of larger ones, which
 may not fit in memory, only names and shapes."""
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
+OTHER_FORMS = ["*/*", "consolidated*"]
+"""The same weights once more, as the makers of Llama, gpt-oss and Mistral run them."""
 COPIED_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
                 "chat_template*", "merges.txt", "vocab*", "*processor_config.json", "LICENSE*"]  # fmt: skip
 
@@ -360,7 +362,7 @@ def _without_further_layers(family: Family, config: PreTrainedConfig, count: str
 
 def _from_hub(model: str) -> Path:
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMS))
     except HFValidationError as error:
         raise BadCheckpoint(f"{model}: no such file or folder, and not a hub id (owner/name)") from error
     except Exception as error:  # the hub client raises a different type for each of: offline, missing, gated, time-out
