@@ -18,7 +18,7 @@ LAYERS = """
     families._decilm families._uneven
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
-    sensitivity elimination packing experts weights storage checks shards checkpoint source documents text scores
+    sensitivity elimination packing experts weights storage checks shards hub checkpoint source documents text scores
     weight_norms measure depth importance selection repair refit
     row_blocks fused memory prune pieces vocabulary evaluate tasks
     schedule masters teacher hidden on_policy step watch distill trackers

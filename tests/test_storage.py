@@ -8,7 +8,7 @@ from conftest import tiny_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from prunus import checkpoint, storage, weights
+from prunus import hub, storage, weights
 from prunus.checkpoint import Checkpoint, load, save
 from prunus.errors import BadCheckpoint, UnsupportedModel
 
@@ -100,7 +100,7 @@ def test_the_hub_gives_each_weight_once(tmp_path, monkeypatch):
     files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model.v3"]
     others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json"]
     asked = {}
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **patterns: asked.update(patterns) or tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **patterns: asked.update(patterns) or tmp_path)
     with pytest.raises(BadCheckpoint, match=r"no config\.json"):
         load("owner/name")
     assert list(filter_repo_objects(files + others, **asked)) == files

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -38,15 +37,13 @@ from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, one_line
 from prunus.families import Family, family_of, may_be_known, with_uneven_layers
 from prunus.files import atomic_folder, cache_folder, sha256
+from prunus.hub import downloaded
 from prunus.storage import Stored
 from prunus.weights import Parts
 
 RELOADED_BYTES = 1024**3
 """Models up to this size are read back by transformers and compared when they have been written; of larger ones, which
 may not fit in memory, only names and shapes."""
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
-OTHER_FORMS = ["*/*", "consolidated*"]
-"""The same weights once more, as the makers of Llama, gpt-oss and Mistral run them."""
 COPIED_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
                 "chat_template*", "merges.txt", "vocab*", "*processor_config.json", "LICENSE*"]  # fmt: skip
 
@@ -197,7 +194,7 @@ def load(model: str | Path, *, uneven: bool = False, cache: Path | None = None) 
     elif path.exists():
         raise BadCheckpoint(f"{model}: a model is a Hugging Face folder, a hub id or a .gguf file, not a {path.suffix}")
     else:
-        folder = _from_hub(str(model))
+        folder = downloaded(str(model))
     return _open_folder(folder, name=str(model), uneven=uneven)
 
 
@@ -358,18 +355,6 @@ def _without_further_layers(family: Family, config: PreTrainedConfig, count: str
     changed = copy.deepcopy(config)
     setattr(family.text(changed), count, 0)
     return changed
-
-
-def _from_hub(model: str) -> Path:
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMS))
-    except HFValidationError as error:
-        raise BadCheckpoint(f"{model}: no such file or folder, and not a hub id (owner/name)") from error
-    except Exception as error:  # the hub client raises a different type for each of: offline, missing, gated, time-out
-        raise BadCheckpoint(
-            f"{model}: no such folder, and the hub did not give it ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Check the name and the network, or give a local folder."
-        ) from error
 
 
 def _dequantised(file: Path, cache: Path) -> Path:
