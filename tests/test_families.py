@@ -254,6 +254,19 @@ def test_a_fingerprint_is_of_the_model_not_of_where_it_lies(llama, tmp_path):
     assert pr.load(moved).fingerprint != llama.fingerprint
 
 
+def test_constraints_of_other_programs_go_to_no_type_by_inheritance():
+    """As read in llama.cpp of 2026-11 and vLLM 0.33. Types whose own code has the constraint say no more."""
+    families = {name: family_of(name) for name in known_families()}
+    found = {
+        program: {name for name, family in families.items() if program in family.elsewhere and not family.nested}
+        for program in ("llama.cpp", "vLLM")
+    }
+    both = {"qwen2", "qwen2_moe", "jamba"}
+    llama_cpp = {"cohere", "cohere2", "exaone4", "glm", "nemotron", "olmo2", "olmo3", "phi", "starcoder2"}
+    assert found["llama.cpp"] == both | llama_cpp
+    assert found["vLLM"] == both | {"granitemoe", "granitemoeshared", "granitemoehybrid"}
+
+
 def test_the_head_gives_the_logits_of_the_model(teacher, blocks):
     """Soft-caps, factors and biases of the logits are known to the losses."""
     model, (tokens, positions) = teacher.module(torch.float32), blocks.batch([0, 1])

@@ -118,6 +118,24 @@ def test_a_pattern_of_attention_that_is_broken_is_told(tmp_path, kept, warned):
     assert bool(results.warnings(teacher, student)) == warned
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "named"),
+    [
+        ("qwen2", {"intermediate_size": 32}, []),
+        ("qwen2", {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}, []),
+        ("qwen2", {"hidden_size": 40}, ["llama.cpp", "vLLM"]),
+        ("granitemoe", {"hidden_size": 40}, ["vLLM"]),
+        ("llama", {"hidden_size": 36}, []),
+    ],
+)
+def test_a_program_that_does_not_load_the_student_is_told(tmp_path, name, sizes, named):
+    square = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}
+    teacher = tiny_model(name, tmp_path / "teacher", **square)
+    student = tiny_model(name, tmp_path / "student", **square | sizes)
+    told = results.warnings(teacher, student)
+    assert [text.partition("'s own code for " + name)[0] for text in told] == named
+
+
 def test_candidates_are_cut_as_the_student_will_be(whole_model, corpus, tmp_path):
     options = {"prune": {"repair": False, "norm_correction": False, "head_residuals": True}, "stop_after": "prune"}
     options["search"] = SMALL["search"] | {"candidates": 1}

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from conftest import for_each_kind, tiny_model
+from conftest import add_tokenizer, for_each_kind, tiny_model
+from transformers import AutoTokenizer
 
 from prunus import cost
 from prunus.budget import CONTEXT, LIMITS, parse_budget, parse_quantity
+from prunus.documents import documents
 from prunus.errors import BadRecipe, BudgetUnreachable
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.search import lost_share, probe_architectures, search
 from prunus.selection import illegal_cut
 from prunus.space import legal_architectures
+from prunus.text import tokenise
 
 RATES = {"step": 500.0, "layers": 100.0, "head": 0.02, "cached": 1.0, "looking": 20.0, "attention": 0.1, "ffn": 0.05}
 """Microseconds of each part."""
@@ -163,6 +166,32 @@ def test_each_axis_is_probed_by_the_limit_that_it_helps(llama):
     assert one["ffn"].ffn < 0.75 * llama.architecture.ffn
 
 
+@pytest.mark.parametrize("name", ["stablelm", "gpt2"])
+def test_axes_that_are_tied_are_probed_together(name, tmp_path):
+    """They have no head_dim of their own; not probed, hidden channels and heads weighed as if they did no harm."""
+    teacher = tiny_model(name, tmp_path)
+    whole, budget = teacher.architecture, parse_budget(teacher, params="0.75x")
+    probes = probe_architectures(teacher.family, whole, budget)
+    assert probes.keys() == {"layers", "hidden", "heads", "ffn"}
+    assert probes["hidden"] == probes["heads"]
+    assert whole.hidden / probes["hidden"].hidden == whole.heads / probes["hidden"].heads > 1
+
+
+def test_what_is_proposed_other_programs_load_too(tmp_path):
+    square = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}
+    teacher = tiny_model("qwen2", tmp_path / "square", **square)
+    spaces = [
+        legal_architectures(model.family, model.architecture, parse_budget(model, params="0.5x"), portable=portable)
+        for model, portable in (
+            (teacher, True),
+            (teacher, False),
+            (tiny_model("qwen2", tmp_path / "not", **square | {"hidden_size": 40}), True),
+        )
+    ]
+    assert [all(a.hidden == a.heads * a.head_dim for a in found) for found in spaces] == [True, False, False]
+    assert {a.heads for a in spaces[0]} == {4, 6}
+
+
 def test_lost_share_is_zero_for_all_and_grows_with_the_cut(llama, blocks):
     scores, whole = score(measure(llama, blocks)), llama.architecture
     assert set(lost_share(scores, whole, whole).values()) == {0.0}
@@ -171,16 +200,14 @@ def test_lost_share_is_zero_for_all_and_grows_with_the_cut(llama, blocks):
         assert 0 < shares[0] <= shares[1] < 1
 
 
-def test_candidates_are_measured_and_the_best_comes_first(llama, corpus, tmp_path):
-    from conftest import add_tokenizer
-    from transformers import AutoTokenizer
-
-    from prunus.documents import documents
-    from prunus.text import tokenise
-
+@pytest.fixture
+def text(corpus, tmp_path):
     add_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    text = tokenise(documents(str(corpus)), tokenizer, block_size=32, to=tmp_path / "text", label="test")
+    return tokenise(documents(str(corpus)), tokenizer, block_size=32, to=tmp_path / "text", label="test")
+
+
+def test_candidates_are_measured_and_the_best_comes_first(llama, text):
     scores = score(measure(llama, text.head(16)))
     found = search(
         llama,
@@ -195,3 +222,10 @@ def test_candidates_are_measured_and_the_best_comes_first(llama, corpus, tmp_pat
     assert losses == sorted(losses)
     assert all(candidate.measured is None for candidate in found.candidates[3:])
     assert set(found.probes) == {"layers", "hidden", "ffn", "heads"}
+
+
+def test_axes_that_are_tied_weigh_alike(text, tmp_path):
+    teacher = tiny_model("stablelm", tmp_path / "teacher")
+    scores, budget = score(measure(teacher, text.head(8))), parse_budget(teacher, params="0.75x")
+    found = search(teacher, scores, budget, calibration=text.head(8), heldout=text.select(range(8, 16)), candidates=1)
+    assert found.probes["hidden"] == found.probes["heads"] != 1.0

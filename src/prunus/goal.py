@@ -35,4 +35,4 @@ def check_goal(run: Run) -> None:
         counted = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
         if any(counted[kind] for kind in LIMITS):
             budget = parse_budget(model, whole=run.teacher, **counted)
-            legal_architectures(model.family, model.architecture, budget, tolerance=recipe.search.tolerance)
+            legal_architectures(model.family, model.architecture, budget, **recipe.search.space())

@@ -20,7 +20,7 @@ from prunus.evaluate import speed
 from prunus.prune import build, cut
 from prunus.scores import Scores
 from prunus.selection import illegal_cut, ranked_layers
-from prunus.space import legal_architectures, single_axis
+from prunus.space import cuts_of, legal_architectures
 
 REPEATS, PAIRED_REPEATS = 5, 11
 """Turns of many models, and of two whose difference is to be known to a few per cent."""
@@ -35,10 +35,10 @@ def measured_rates(
 ) -> dict[str, float]:
     """Microseconds of each of `Costs.amounts`, fitted to the teacher and to cuts of it that take turns.
 
-    Every axis is cut alone once, so that its rate can be told from the others'.
+    Every axis is cut once, alone where it can be, so that its rate can be told from the others'.
     """
     costs = Costs(teacher.family, cost.shapes(teacher.family, teacher.layout, _ranking(teacher, scores)), 1)
-    shapes = [teacher.architecture, *_contrasts(teacher)]
+    shapes = list(dict.fromkeys([teacher.architecture, *_contrasts(teacher)]))
     times = microseconds(teacher, scores, shapes, progress=progress)
     return fitted([costs.amounts(each) for each in shapes], times)
 
@@ -78,12 +78,11 @@ def fitted(amounts: Sequence[Mapping[str, float]], times: Sequence[float]) -> di
 
 
 def _contrasts(teacher: Checkpoint) -> Iterator[Architecture]:
-    """The teacher with one axis cut to about half, for each that can be cut alone; groups with their heads."""
+    """The teacher with one axis cut to about half, for each; groups with their heads."""
     family, whole = teacher.family, teacher.architecture
     for axis in whole.axes():
-        options = [each for each in single_axis(whole, axis) if not illegal_cut(family, whole, each)]
-        if options:
-            yield min(options, key=lambda each: abs(each[axis] - SHARE * whole[axis]))
+        if cuts := cuts_of(family, whole, axis):
+            yield min(cuts, key=lambda each: abs(each[axis] - SHARE * whole[axis]))
     if "kv_heads" in whole:
         groups = max(1, int(SHARE * whole.kv_heads))
         fewer = whole.replace(kv_heads=groups, heads=groups * whole.heads // whole.kv_heads)
@@ -96,7 +95,13 @@ def _ranking(teacher: Checkpoint, scores: Scores) -> list[int]:
 
 
 def tuned(
-    teacher: Checkpoint, scores: Scores, budget: Budget, chosen: Architecture, *, tolerance: float = TOLERANCE
+    teacher: Checkpoint,
+    scores: Scores,
+    budget: Budget,
+    chosen: Architecture,
+    *,
+    tolerance: float = TOLERANCE,
+    portable: bool = True,
 ) -> Architecture:
     """The architecture, or one next to it, that takes as long as the limit says when it is itself timed.
 
@@ -114,7 +119,9 @@ def tuned(
         target = round(limit.target * predicted / (own / whole))
         limits = tuple(replace(each, target=target) if each is limit else each for each in budget.limits)
         try:
-            near = legal_architectures(teacher.family, teacher.architecture, replace(budget, limits=limits))
+            near = legal_architectures(
+                teacher.family, teacher.architecture, replace(budget, limits=limits), portable=portable
+            )
         except BudgetUnreachable:
             break  # it is the shifted limit that nothing reaches, not the user's
         earlier, chosen = chosen, min(near, key=lambda each: _distance(each, chosen))

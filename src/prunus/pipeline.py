@@ -233,7 +233,7 @@ def _search(run: Run) -> None:
             heldout=run.validation,
             candidates=recipe.search.candidates,
             probe_blocks=max(1, recipe.search.probe_tokens // recipe.data.block_size),
-            tolerance=recipe.search.tolerance,
+            **recipe.search.space(),
             repair=recipe.prune.repair,
             norm_correction=recipe.prune.norm_correction,
             head_residuals=recipe.prune.head_residuals,
@@ -242,7 +242,8 @@ def _search(run: Run) -> None:
     if recipe.search.tokens:
         found = found.ordered(_tournament(run, found))
     if recipe.latency:
-        found = found.with_best(latency.tuned(run.parent, run.scores, budget, found.best.architecture), budget)
+        best, portable = found.best.architecture, recipe.search.portable
+        found = found.with_best(latency.tuned(run.parent, run.scores, budget, best, portable=portable), budget)
     write_json(run.path("search"), results.searched(found, run.parent, budget))
     shutil.rmtree(run.root / TOURNAMENT, ignore_errors=True)
 

@@ -147,7 +147,7 @@ def _round(
         check_legal(first.family, first.architecture, target)
     else:
         budget = parse_budget(first, whole=teacher, **recipe.limits)
-        found = legal_architectures(first.family, first.architecture, budget, tolerance=recipe.search.tolerance)
+        found = legal_architectures(first.family, first.architecture, budget, **recipe.search.space())
         target, count = _most_similar(before, found), len(found)
     block_size, settings = recipe.data.block_size, Settings(**recipe.distill.hyperparameters())
     schedule = plan_training(

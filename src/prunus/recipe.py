@@ -192,6 +192,11 @@ class Search(Section):
     )
     workers: int = Field(1, ge=1, description="candidates that are trained side by side, on Ray (prunus[ray])")
     tolerance: float = Field(0.01, gt=0, le=0.2, description="allowed distance from the budget, as a share of it")
+    portable: bool = Field(True, description="only shapes that llama.cpp and vLLM load too, not transformers alone")
+
+    def space(self) -> dict[str, Any]:
+        """Arguments of `prunus.space.legal_architectures`."""
+        return {"tolerance": self.tolerance, "portable": self.portable}
 
 
 class Prune(Section):

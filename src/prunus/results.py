@@ -35,6 +35,16 @@ LABELS = {
     "distilled": "Distilled",
     "baseline": "Same shape from random init",
 }
+NOT_LOADED = (
+    "{program}'s own code for {type} takes hidden for heads × head_dim, and does not load this student. transformers "
+    "does, and vLLM with --model-impl transformers. A search proposes only what all load, unless search.portable is "
+    "false."
+)
+OTHER_PATTERN = (
+    "Layers of several kinds of attention no longer alternate as the teacher's do. transformers and vLLM read the kind "
+    "of each from config.json; llama.cpp knows the teacher's pattern alone for some model types, and would not load "
+    "the student, or compute something else without a word. Compare its output before relying on it."
+)
 LISTED_CANDIDATES = 30
 FAMILY = "family.json"
 
@@ -194,22 +204,23 @@ def collect(run: Run) -> dict[str, Any]:
 
 
 def warnings(teacher: Checkpoint, student: Checkpoint) -> list[str]:
-    """What other programs may not read as it is meant: llama.cpp takes some patterns from the model's type."""
-    before, after = (_kinds_of_attention(model) for model in (teacher, student))
-    if after == before[: len(after)]:
-        return []
-    return [
-        "Layers of several kinds of attention no longer alternate as the teacher's do. transformers and vLLM read the "
-        "kind of each from config.json; llama.cpp knows the teacher's pattern alone for some model types, and would "
-        "compute something else without a word. Compare its output before relying on it."
+    """What other programs do not load, or may not read as it is meant."""
+    family, kind = student.family, student.family.text(student.config).model_type
+    found = [
+        NOT_LOADED.format(program=program, type=kind)
+        for program in family.elsewhere
+        if family.portable(teacher.architecture, [program]).illegal(student.architecture)
     ]
+    before, after = (_kinds_of_attention(model) for model in (teacher, student))
+    return found if after == before[: len(after)] else [*found, OTHER_PATTERN]
 
 
 def _kinds_of_attention(checkpoint: Checkpoint) -> list[object]:
-    """Of each layer: sliding or whole, with rotary embedding or without; empty where all are the same."""
+    """Of each layer: linear, sliding or whole, with rotary embedding or without; empty where all are the same."""
     config = checkpoint.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or []
-    for values in (getattr(config, "no_rope_layers", None), kinds if "sliding_attention" in kinds else None):
+    mixed = {"sliding_attention", "linear_attention"} & set(kinds)
+    for values in (getattr(config, "no_rope_layers", None), kinds if mixed else None):
         if values and len(set(values)) > 1:
             return list(values)
     return []

@@ -23,8 +23,7 @@ from prunus.evaluate import Quality, quality
 from prunus.families import Family
 from prunus.prune import Student, build, cut, repaired
 from prunus.scores import Scores
-from prunus.selection import illegal_cut
-from prunus.space import TOLERANCE, legal_architectures, single_axis
+from prunus.space import TOLERANCE, cuts_of, legal_architectures
 from prunus.text import Blocks
 
 
@@ -143,16 +142,16 @@ def _lowest(values_RC: Tensor, keep: int) -> Tensor:
 
 
 def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -> dict[str, Architecture]:
-    """Per axis the cut of it alone that comes nearest to the budget, but at least half of the axis stays.
+    """Per axis the cut of it (see `cuts_of`) that comes nearest to the budget, but at least half of the axis stays.
 
     Of several limits all count: to most cuts the one that is used up most is the same.
     """
-    probes = {}
-    for axis in probed_axes(teacher):
-        options = [a for a in single_axis(teacher, axis) if not illegal_cut(family, teacher, a)]
-        if options:
-            probes[axis] = min(options, key=lambda a: sum(abs(share - 1) for share in budget.shares(a)))
-    return probes
+    found = {axis: cuts_of(family, teacher, axis) for axis in probed_axes(teacher)}
+    return {
+        axis: min(cuts, key=lambda cut: sum(abs(share - 1) for share in budget.shares(cut)))
+        for axis, cuts in found.items()
+        if cuts
+    }
 
 
 def search(
@@ -165,6 +164,7 @@ def search(
     candidates: int = 4,
     probe_blocks: int = 8,
     tolerance: float = TOLERANCE,
+    portable: bool = True,
     repair: bool = True,
     norm_correction: bool = True,
     head_residuals: bool = False,
@@ -178,13 +178,14 @@ def search(
         heldout: text on which they are compared; must not be used for the final evaluation.
         candidates: how many are built and measured.
         probe_blocks: calibration blocks for each probe and candidate.
+        tolerance, portable: see `space.legal_architectures`.
         norm_correction, head_residuals: how they are cut, see `prune.cut`.
     Raises:
         BudgetUnreachable: no legal model is that small.
         DoesNotFit: the teacher and a repaired student would take more memory than is free.
     """
     family, source = teacher.family, teacher.architecture
-    found = legal_architectures(family, source, budget, tolerance=tolerance)
+    found = legal_architectures(family, source, budget, tolerance=tolerance, portable=portable)
     gap = abs(budget.use(found[0]) - 1)
     note = None
     if gap > tolerance:
@@ -193,13 +194,17 @@ def search(
     measurer = None
     if calibration is not None and heldout is not None and len(found) > 1 and candidates > 0:
         probes = probe_architectures(family, source, budget)
-        total = len(probes) + min(candidates, len(found))
+        total = len(set(probes.values())) + min(candidates, len(found))
         text = calibration.head(probe_blocks)
         fitted = len(text) if repair else 0
         memory.check_search(teacher, [*probes.values(), found[0]], blocks=fitted, block_size=text.block_size)
         sliced = partial(cut, teacher, scores, norm_correction=norm_correction, head_residuals=head_residuals)
         measurer = _Measurer(teacher, sliced, text, heldout, repair, total, progress)
-        slopes |= {axis: _slope(measurer, scores, source, probe, axis) for axis, probe in probes.items()}
+        losses = {probe: measurer(probe).loss for probe in dict.fromkeys(probes.values())}
+        slopes |= {
+            axis: _slope(losses[probe] - measurer.base.loss, lost_share(scores, source, probe))
+            for axis, probe in probes.items()
+        }
     predicted = [Candidate(a, budget.parameters(a), _damage(scores, source, a, slopes)) for a in found]
     predicted.sort(key=lambda candidate: candidate.predicted_damage)
     if measurer is None:
@@ -245,10 +250,10 @@ class _Measurer:
         return quality(hardware.place(model, dtype=hardware.compute_dtype()), self.heldout)
 
 
-def _slope(measurer: _Measurer, scores: Scores, teacher: Architecture, probe: Architecture, axis: str) -> float:
-    """Nats per unit of lost share. At least a little: an axis whose probe did no harm is cheap, not free."""
-    damage = measurer(probe).loss - measurer.base.loss
-    return max(damage, 1e-3) / max(lost_share(scores, teacher, probe)[axis], 1e-6)
+def _slope(damage: float, lost: Mapping[str, float]) -> float:
+    """Nats per unit of lost share, alike for axes that are tied to each other. At least a little: an axis whose probe
+    did no harm is cheap, not free."""
+    return max(damage, 1e-3) / max(sum(lost.values()), 1e-6)
 
 
 def _damage(scores: Scores, teacher: Architecture, target: Architecture, slopes: Mapping[str, float]) -> float:

@@ -24,7 +24,7 @@ def members(recipe: Recipe) -> list[Recipe]:
     teacher, values = load(recipe.model, uneven=recipe.uneven), recipe.model_dump(mode="json")
     budgets = {size: parse_budget(teacher, params=size) for size in recipe.sizes}
     for budget in budgets.values():  # the smallest would be refused after hours only
-        legal_architectures(teacher.family, teacher.architecture, budget, tolerance=recipe.search.tolerance)
+        legal_architectures(teacher.family, teacher.architecture, budget, **recipe.search.space())
     parameters = {size: budget.limits[0].target for size, budget in budgets.items()}
     found: list[Recipe] = []
     for size in sorted(parameters, key=lambda size: parameters[size], reverse=True):

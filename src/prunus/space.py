@@ -28,13 +28,16 @@ ALIGNMENTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 def legal_architectures(
-    family: Family, teacher: Architecture, budget: Budget, *, tolerance: float = TOLERANCE
+    family: Family, teacher: Architecture, budget: Budget, *, tolerance: float = TOLERANCE, portable: bool = True
 ) -> list[Architecture]:
     """Every legal architecture within the tolerance of the budget; else the nearest one alone.
 
+    Args:
+        portable: only such as llama.cpp and vLLM load too (see `Family.elsewhere`).
     Raises:
         BudgetUnreachable: even the smallest legal model is larger.
     """
+    family = family.portable(teacher) if portable else family
     filler = _filler(teacher, budget)
     outer = list(_without(filler, family, teacher))
     smallest = min(outer, key=budget.use, default=teacher)
@@ -135,6 +138,23 @@ def _filled(
 def _alignment(size: int, share: float) -> int:
     """Largest alignment that is at most this share of the size."""
     return next((step for step in ALIGNMENTS if step <= share * size), 1)
+
+
+def cuts_of(family: Family, teacher: Architecture, axis: str) -> list[Architecture]:
+    """The teacher with less of one axis, down to about half: of it alone, or where the family ties it to another one,
+    of both alike."""
+    alone = single_axis(teacher, axis)
+    legal = [cut for cut in alone if not illegal_cut(family, teacher, cut)]
+    return legal or [cut for cut in _with_another(teacher, axis) if not illegal_cut(family, teacher, cut)]
+
+
+def _with_another(teacher: Architecture, axis: str) -> Iterator[Architecture]:
+    others = [other for other in teacher.axes() if other != axis]
+    for one, follower in itertools.chain(((axis, other) for other in others), ((other, axis) for other in others)):
+        for cut in single_axis(teacher, one):
+            size, rest = divmod(teacher[follower] * cut[one], teacher[one])
+            if not rest:
+                yield cut.replace(**{follower: size})
 
 
 def single_axis(teacher: Architecture, axis: str) -> list[Architecture]:

@@ -6,6 +6,9 @@ from prunus.families.family import FIELDS, Branch
 
 Weights = dict[str, tuple[str, ...]]
 
+SQUARE = ("hidden_is_heads",)
+"""What code keeps to that takes queries to be as wide as the stream; see `Family.elsewhere`."""
+
 OUTER_WEIGHTS: Weights = {
     "model.embed_tokens.weight": ("vocab", "hidden"),
     "model.norm.weight": ("hidden",),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PROJECTIONS, Weights
+from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PROJECTIONS, SQUARE, Weights
 from prunus.families.family import Family
 
 NORM: Weights = {"input_layernorm.weight": ("hidden",)}
@@ -13,5 +13,6 @@ FAMILY = Family(
     outer_weights=OUTER_WEIGHTS,
     branches=(ATTENTION, dataclasses.replace(FFN, norm="input_layernorm", beside=True)),
     centred=True,
+    elsewhere={"llama.cpp": SQUARE},
     per_layer_fields=("layer_types",),
 )

@@ -12,9 +12,10 @@ that has no bias simply are not there; so it is with whole branches, where layer
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,8 @@ class Family:
         fields: config key of each size.
         derived: sizes that follow from others: name → formula.
         defaults: formulas of sizes that a config need not give.
+        elsewhere: further constraints of other programs' code for this type: llama.cpp's of 2026-11, vLLM 0.33's. A
+            search keeps them unless told otherwise.
         unread: patterns of names in a checkpoint that transformers does not read, such as buffers of old, and layers
             that predict further tokens.
         cached: formula of the values that a layer keeps of a token while it generates.
@@ -243,6 +246,7 @@ class Family:
     fields: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
     derived: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unread: tuple[str, ...] = ("*rotary_emb.inv_freq", "mtp.*")
     cached: str = "2*kv_heads*head_dim"
     per_layer_fields: tuple[str, ...] = ()
@@ -344,6 +348,13 @@ class Family:
         if min(architecture.axes().values()) < 1:  # later rules would divide by zero
             return ["every size must be at least 1"]
         return [why for holds, why in rules if not holds(architecture)]
+
+    def portable(self, teacher: Architecture, programs: Iterable[str] | None = None) -> Family:
+        """The family as these programs know it too (all of `elsewhere` by default); as it is, if they would not load
+        the teacher itself."""
+        further = itertools.chain(*(self.elsewhere[name] for name in programs or self.elsewhere))
+        everywhere = replace(self, constraints=(*self.constraints, *further))
+        return self if everywhere.illegal(teacher) else everywhere
 
 
 def _setting(config: Any, key: str, default: object) -> object:

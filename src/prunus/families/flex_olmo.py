@@ -14,6 +14,7 @@ FAMILY = dataclasses.replace(
         dataclasses.replace(EXPERTS, norm=None, post_norm="post_feedforward_layernorm"),
     ),
     constraints=("even_head_dim", "aligned_experts"),
+    elsewhere={},
     fields=olmoe.FAMILY.fields,
     stored_as=olmoe.FAMILY.stored_as,
 )

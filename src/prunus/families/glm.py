@@ -1,7 +1,7 @@
 """GLM-4. Gate and up come from one projection; biases on q, k, v; rotary on a part of each head."""
 
 from prunus.families import phi3
-from prunus.families._decoder import ATTENTION, OUTER_WEIGHTS, PRE_NORMS, PROJECTIONS
+from prunus.families._decoder import ATTENTION, OUTER_WEIGHTS, PRE_NORMS, PROJECTIONS, SQUARE
 from prunus.families.family import Family
 
 FAMILY = Family(
@@ -11,4 +11,5 @@ FAMILY = Family(
     | PRE_NORMS,
     outer_weights=OUTER_WEIGHTS,
     branches=(ATTENTION, phi3.FAMILY.branches[1]),
+    elsewhere={"llama.cpp": SQUARE},
 )

@@ -15,4 +15,5 @@ FAMILY = dataclasses.replace(
         dataclasses.replace(ATTENTION, post_norm="post_self_attn_layernorm"),
         dataclasses.replace(glm.FAMILY.branches[1], post_norm="post_mlp_layernorm"),
     ),
+    elsewhere={},
 )

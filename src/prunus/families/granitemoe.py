@@ -3,7 +3,7 @@
 import dataclasses
 
 from prunus.families import granite
-from prunus.families._decoder import ATTENTION, ATTENTION_WEIGHTS, EXPERTS, PRE_NORMS, Weights, expert_fields
+from prunus.families._decoder import ATTENTION, ATTENTION_WEIGHTS, EXPERTS, PRE_NORMS, SQUARE, Weights, expert_fields
 
 OWN: Weights = {
     "block_sparse_moe.router.weight": ("experts", "hidden"),
@@ -25,6 +25,7 @@ FAMILY = dataclasses.replace(
         ),
     ),
     constraints=("even_head_dim", "aligned_experts"),
+    elsewhere={"vLLM": SQUARE},
     fields=expert_fields("num_local_experts", "intermediate_size"),
     stored_as={
         "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),

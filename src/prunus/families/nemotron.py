@@ -3,7 +3,7 @@
 import dataclasses
 
 from prunus.families import arcee
-from prunus.families._decoder import OUTER_WEIGHTS
+from prunus.families._decoder import OUTER_WEIGHTS, SQUARE
 
 FAMILY = dataclasses.replace(
     arcee.FAMILY,
@@ -12,4 +12,5 @@ FAMILY = dataclasses.replace(
     norm_offset=1.0,
     centred=True,
     constraints=("even_head_dim",),
+    elsewhere={"llama.cpp": SQUARE},
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PROJECTIONS, Weights
+from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PROJECTIONS, SQUARE, Weights
 from prunus.families.family import Family
 
 NORMS: Weights = {
@@ -21,4 +21,5 @@ FAMILY = Family(
         dataclasses.replace(FFN, norm=None, post_norm="post_feedforward_layernorm"),
     ),
     norms=("self_attn.q_norm", "self_attn.k_norm"),
+    elsewhere={"llama.cpp": SQUARE},
 )

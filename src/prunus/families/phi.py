@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from prunus.families._decoder import ATTENTION, FFN, PROJECTIONS, Weights
+from prunus.families._decoder import ATTENTION, FFN, PROJECTIONS, SQUARE, Weights
 from prunus.families.family import Family
 
 OUTER: Weights = {
@@ -33,4 +33,5 @@ FAMILY = Family(
     ),
     final_norm="model.final_layernorm",
     centred=True,
+    elsewhere={"llama.cpp": SQUARE},
 )

@@ -11,6 +11,7 @@ from prunus.families._decoder import (
     FFN,
     PRE_NORMS,
     PROJECTIONS,
+    SQUARE,
     Weights,
     expert_fields,
     shared_expert,
@@ -31,6 +32,7 @@ FAMILY = dataclasses.replace(
             SHARED, reads=(*SHARED.reads, "mlp.shared_expert_gate"), write_gate="mlp.shared_expert_gate"
         ),
     ),
+    elsewhere={"llama.cpp": SQUARE, "vLLM": SQUARE},
     fields=expert_fields("num_experts", "moe_intermediate_size", shared_ffn="shared_expert_intermediate_size"),
     per_layer_fields=("layer_types",),
     layer_count_fields=("max_window_layers",),

@@ -43,6 +43,7 @@ FAMILY = dataclasses.replace(
         *qwen2_moe.FAMILY.branches[1:],
     ),
     norm_offset=1.0,
+    elsewhere={},
     fields={
         **qwen2_moe.FAMILY.fields,
         "linear_heads": "linear_num_key_heads",

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PRE_NORMS, PROJECTIONS, Weights
+from prunus.families._decoder import ATTENTION, FFN, OUTER_WEIGHTS, PRE_NORMS, PROJECTIONS, SQUARE, Weights
 from prunus.families.family import Family
 
 MLP: Weights = {"mlp.c_fc.weight": ("ffn", "hidden"), "mlp.c_proj.weight": ("hidden", "ffn")}
@@ -13,4 +13,5 @@ FAMILY = Family(
     outer_weights=OUTER_WEIGHTS | {"model.norm.bias": ("hidden",)},
     branches=(ATTENTION, dataclasses.replace(FFN, reads=("mlp.c_fc",), write="mlp.c_proj", gate="mlp.c_fc")),
     centred=True,
+    elsewhere={"llama.cpp": SQUARE},
 )
