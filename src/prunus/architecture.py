@@ -41,17 +41,18 @@ class Architecture(Mapping[str, int]):
     """
 
     def __init__(self, derived: Mapping[str, str] | None = None, /, **sizes: int) -> None:
-        self._derived = dict(derived or {})
-        independent = {name: size for name, size in sizes.items() if name not in self._derived}
-        self._sizes = independent | {name: dims.size(rule, independent) for name, rule in self._derived.items()}
+        self._derived = derived or {}
+        self._sizes = sizes
+        if self._derived:
+            independent = {name: size for name, size in sizes.items() if name not in self._derived}
+            self._sizes = independent | {name: dims.size(rule, independent) for name, rule in self._derived.items()}
+        vars(self).update(self._sizes)  # a search looks up millions
 
     def __getitem__(self, name: str) -> int:
         return self._sizes[name]
 
     def __getattr__(self, name: str) -> int:
-        if name.startswith("_") or name not in self._sizes:
-            raise AttributeError(f"an architecture without {name!r}")
-        return self._sizes[name]
+        raise AttributeError(f"an architecture without {name!r}")
 
     def __contains__(self, name: object) -> bool:
         return name in self._sizes

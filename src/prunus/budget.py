@@ -40,7 +40,7 @@ class Costs:
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def parameters(self, architecture: Architecture) -> int:
-        return sum(size for part, size in cost.count(self.shapes, architecture).items() if part != "buffers")
+        return cost.total(self.shapes, architecture)
 
     def weights(self, architecture: Architecture) -> int:
         return self.parameters(architecture) * self.bytes_per_value

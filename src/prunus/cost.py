@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,17 @@ class Shapes:
     kinds: tuple[Kind, ...]
     order: tuple[int, ...]
 
+    @functools.cached_property
+    def sums(self) -> list[str]:
+        """One formula for all parameters outside the layers, and of each kind of layer."""
+        kinds = (self.outer, *self.kinds)
+        return [" + ".join(whole for part, (whole, _) in kind.items() if part != "buffers") or "0" for kind in kinds]
+
+    @functools.cached_property
+    def staying(self) -> list[Counter[int]]:
+        """Of each number of layers, how many are of which kind."""
+        return [Counter(self.order[:layers]) for layers in range(len(self.order) + 1)]
+
 
 def shapes(family: Family, tensors: Layout, ranking: Sequence[int] | None = None) -> Shapes:
     """See `Shapes`.
@@ -106,12 +118,19 @@ def count(shapes: Shapes, architecture: Architecture, *, active: bool = False) -
     Args:
         active: of experts only as many as a token is sent to.
     """
-    stay, sizes = Counter(shapes.order[: architecture.layers]), architecture.plain()
+    stay, sizes = shapes.staying[architecture.layers], architecture.plain()
     parts: dict[str, int] = defaultdict(int)
     for kind, number in [(shapes.outer, 1), *((shapes.kinds[place], number) for place, number in stay.items())]:
         for part, formulas in kind.items():
             parts[part] += number * dims.size(formulas[active], sizes)
     return dict(parts)
+
+
+def total(shapes: Shapes, architecture: Architecture) -> int:
+    """Parameters, which `count` tells apart."""
+    sizes, (outer, *kinds) = architecture.plain(), shapes.sums
+    stay = shapes.staying[architecture.layers]
+    return dims.size(outer, sizes) + sum(number * dims.size(kinds[kind], sizes) for kind, number in stay.items())
 
 
 def parameters_by_group(
@@ -124,7 +143,7 @@ def parameters_by_group(
 def parameters(
     family: Family, tensors: Layout, architecture: Architecture, ranking: Sequence[int] | None = None
 ) -> int:
-    return sum(parameters_by_group(family, tensors, architecture, ranking).values())
+    return total(shapes(family, tensors, ranking), architecture)
 
 
 def flops_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, context: int = 0) -> int:

@@ -111,7 +111,8 @@ def _options(teacher: Architecture, axis: str) -> list[int]:
 def _filled(
     family: Family, filler: str, teacher: Architecture, base: Architecture, budget: Budget, tolerance: float
 ) -> list[Architecture]:
-    """`base` with the one or two aligned numbers of neurons that bring it nearest to the budget from both sides."""
+    """`base`, which has the fewest, with the one or two aligned numbers of neurons that bring it nearest to the budget
+    from both sides."""
     most = teacher[filler]
     # Of all neurons at once: costs are whole numbers, and one neuron may take less than a microsecond.
     fixed, full = (budget.shares(base.replace(**{filler: size})) for size in (0, most))
@@ -126,7 +127,7 @@ def _filled(
         return [base.replace(**{filler: most})]
     if room < 1:
         return []
-    least = _least(filler, family, teacher)
+    least = base[filler]
     step = next((s for s in ALIGNMENTS if s * per_neuron <= tolerance and s % least == 0), least)
     sizes = {int(room // step) * step, int(room // step + 1) * step}
     if (room - most) * per_neuron > tolerance or abs(most - room) * per_neuron <= tolerance:
