@@ -1,9 +1,7 @@
-"""Run by torchrun in tests/test_parallel.py: one distillation, as many ranks as were started."""
+"""What each process of tests/test_parallel.py does: a rank of one distillation, as torchrun would have started it."""
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -15,9 +13,10 @@ from prunus.schedule import Settings
 from prunus.text import load_blocks
 
 
-def main() -> None:
+def run(rank: int, ranks: int, port: int, options: dict[str, object]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} if ranks > 1 else {}
     torch.set_num_threads(1)
-    options = json.loads(sys.argv[1])
     teacher, student = pr.load(options["teacher"]), pr.load(options["student"])
     settings = Settings(**options["settings"])
     blocks = load_blocks(Path(options["text"]))
@@ -42,7 +41,3 @@ def main() -> None:
         checkpoint_seconds=options.get("checkpoint_seconds", 1e9),
         progress=progress,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """Candidates trained a little: who is dropped when, what it costs, and a kill on the way."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -156,7 +155,6 @@ def test_a_run_with_a_tournament(invoke, whole_model, corpus, tmp_path):
     assert not (tmp_path / "run" / ".tournament").exists()
 
 
-@pytest.mark.parametrize("kill", [True, False])
 @pytest.mark.parametrize(
     "others",
     [
@@ -166,7 +164,7 @@ def test_a_run_with_a_tournament(invoke, whole_model, corpus, tmp_path):
     ],
     ids=lambda others: next(iter(others)),
 )
-def test_a_redone_search_is_as_a_fresh_one(whole_model, corpus, tmp_path, monkeypatch, others, kill):
+def test_a_redone_search_is_as_a_fresh_one(whole_model, corpus, tmp_path, monkeypatch, others):
     """Whether it was killed in its tournament or came to its end."""
 
     def made(name: str, **changes: object) -> list[tuple[object, object]]:
@@ -178,12 +176,13 @@ def test_a_redone_search_is_as_a_fresh_one(whole_model, corpus, tmp_path, monkey
         raise Stopped("killed")
 
     with monkeypatch.context() as patched:
-        if kill:
-            patched.setattr(module, "distill", killed)
-        with pytest.raises(Stopped) if kill else contextlib.nullcontext():
-            made("again")
-    assert (tmp_path / "again" / ".tournament").is_dir() == kill
-    assert made("again", **others) == made("fresh", **others)
+        patched.setattr(module, "distill", killed)
+        with pytest.raises(Stopped):
+            made("killed")
+    assert (tmp_path / "killed" / ".tournament").is_dir()
+    made("ended")
+    assert not (tmp_path / "ended" / ".tournament").is_dir()
+    assert made("killed", **others) == made("ended", **others) == made("fresh", **others)
 
 
 def test_a_redo_that_is_killed_in_its_tournament_goes_on(whole_model, corpus, tmp_path, monkeypatch):
