@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from prunus.recipe import Prune
+from prunus.results import label
 from prunus.verdict import cautions, compared, complete, final_stage, grade, verdict
 
 
@@ -62,6 +64,20 @@ def test_verdict_says_what_was_won_and_lost() -> None:
         "Perplexity was 3,120 after the cut, 88.2 after the repair, 28.5 after distillation and 140 for the same "
         "architecture trained from random weights."
     )
+
+
+@pytest.mark.parametrize(
+    ("corrected", "words"),
+    [(True, "3,120 after the cut, 88.2 after the correction of the norms"), (False, "was 88.2 after the cut")],
+)
+def test_what_was_not_repaired_is_not_called_so(corrected: bool, words: str) -> None:
+    run = report() | {"recipe": {"prune": {"repair": False, "norm_correction": corrected}}}
+    if not corrected:
+        del run["models"][1]
+    path = verdict(complete(run))[2]
+    assert words in path
+    assert "repair" not in path
+    assert "repair" not in label("repaired", Prune(repair=False, norm_correction=corrected))
 
 
 def test_a_group_counts_once() -> None:

@@ -21,6 +21,7 @@ from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
 from prunus.evaluate import PROMPTS, Quality, qualities, samples, speed
 from prunus.prune import KEPT_FILE, build, cut
+from prunus.recipe import Prune
 from prunus.run import BASELINE, LARGER, Run, read_json
 from prunus.scores import Scores
 from prunus.search import Candidate, Search
@@ -146,7 +147,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "models": [
             {
                 "key": key,
-                "label": LABELS[key],
+                "label": label(key, run.recipe.prune),
                 "parameters": sizes[key][0],
                 "bytes": sizes[key][1],
                 **asdict(measured[key]),
@@ -157,6 +158,13 @@ def evaluate(run: Run) -> dict[str, Any]:
         ],
         "samples": samples(compared, tokenizer, tuple(options.prompts or PROMPTS)),
     }
+
+
+def label(key: str, options: Prune) -> str:
+    """What a model is called. Where nothing was to be repaired, the student is what the cut alone made."""
+    if key == "repaired" and not options.repair:
+        return "Cut, norms corrected" if options.norm_correction else "Cut"
+    return LABELS[key]
 
 
 def _models(run: Run) -> tuple[dict[str, PreTrainedModel], dict[str, tuple[int, int]]]:

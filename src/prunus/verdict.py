@@ -38,6 +38,7 @@ GRADES = {
 }
 """Student perplexity / teacher perplexity below this → what the page says first."""
 STAGES = {"cut": "after the cut", "repaired": "after the repair", "distilled": "after distillation"}
+NORMS_ALONE = "after the correction of the norms"
 SAVINGS = {
     "parameters": "parameters",
     "bytes": "bytes on disk",
@@ -130,10 +131,16 @@ def _lost(teacher: Report, student: Report, named: set[str]) -> str:
 
 def _path(report: Report) -> str:
     """Perplexity from stage to stage."""
-    stages = STAGES | {"baseline": "for the same architecture trained from random weights"}
+    stages = STAGES | _unrepaired(report) | {"baseline": "for the same architecture trained from random weights"}
     known = _perplexities(report)
     parts = [f"{formats.number(known[stage])} {words}" for stage, words in stages.items() if stage in known]
     return f"perplexity was {_and(parts)}" if len(parts) > 1 else ""
+
+
+def _unrepaired(report: Report) -> dict[str, str]:
+    """How the stage after the cut is called where nothing was to be repaired."""
+    options = {"repair": True, "norm_correction": True} | report["recipe"].get("prune", {})
+    return {} if options["repair"] else {"repaired": NORMS_ALONE if options["norm_correction"] else STAGES["cut"]}
 
 
 def _perplexity_ratio(teacher: Report, student: Report) -> float | None:
@@ -210,7 +217,8 @@ def _budget_cautions(budget: Report) -> Iterator[str]:
 def _stage_cautions(report: Report) -> Iterator[str]:
     """A stage that did harm, or was not run."""
     known, final = _perplexities(report), final_stage(report)
-    for before, after, words in (("cut", "repaired", "The repair"), ("repaired", "distilled", "Distillation")):
+    repair = "The correction of the norms" if _unrepaired(report) else "The repair"
+    for before, after, words in (("cut", "repaired", repair), ("repaired", "distilled", "Distillation")):
         worse = ratio(known.get(after), known.get(before))
         if worse is not None and worse > 1:
             change = " → ".join(formats.number(known[stage]) for stage in (before, after))
