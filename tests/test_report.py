@@ -221,6 +221,12 @@ def test_full_page_has_every_part(html: str) -> None:
     assert "8 more are in 2-candidates.json" in html
 
 
+def test_layers_are_numbered_as_in_the_student_that_was_cut() -> None:
+    report = full_report() | {"parent": full_report()["teacher"] | {"architecture": {"layers": 5}}}
+    report["kept"]["layers"] = [0, 1, 3]
+    assert "Removed layers of the larger student: 2, 4." in model_card(report)
+
+
 def test_page_is_self_contained(html: str) -> None:
     page = Page(html)
     assert page.fetched

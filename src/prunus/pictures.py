@@ -1,6 +1,6 @@
 """The pictures of the report, as SVG inside the page.
 
-Shapes: L layers of the teacher, A query heads, H hidden channels, Q quantiles.
+Shapes: L layers of what was cut, A query heads, H hidden channels, Q quantiles.
 """
 
 from __future__ import annotations
@@ -204,10 +204,10 @@ def pareto(tried: Sequence[Mapping[str, Any]], against: Mapping[str, tuple[str, 
 
 
 def _layer_panels(count: int) -> tuple[Figure, np.ndarray]:
-    """Panels above each other whose common x axis is the layers of the teacher."""
+    """Panels above each other whose common x axis is the layers of what was cut."""
     figure = Figure(figsize=(5, 1.5 + 1.2 * count))
     rows = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
-    rows[-1].set_xlabel("layer of the teacher")
+    rows[-1].set_xlabel("layer before the cut")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, rows
 

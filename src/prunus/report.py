@@ -153,6 +153,7 @@ def _words(report: Report) -> dict[str, Any]:
         "training": _training(report["training"]) if report["training"].get("curve") else [],
         "functions": report["scores"].get("functions", {}),
         "removed_layers": _removed_layers(report),
+        "cut_from": "the larger student" if report["parent"] else "the teacher",
         "code": report["student"].get("code"),
         "candidates": _candidates(report),
         "shape": _shape(report),
@@ -182,8 +183,8 @@ def _headline(report: Report) -> str:
 
 
 def _removed_layers(report: Report) -> list[int]:
-    """Of the teacher."""
-    layers = report["teacher"].get("architecture", {}).get("layers", 0)
+    """Of what was cut last: the teacher, or where there is one the earlier student of it."""
+    layers = (report["parent"] or report["teacher"]).get("architecture", {}).get("layers", 0)
     return sorted(set(range(layers)) - set(report["kept"].get("layers", range(layers))))
 
 
