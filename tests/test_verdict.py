@@ -100,7 +100,8 @@ def test_nothing_known_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("perplexity", "words"), [(19.5, "Close"), (25.0, "Clearly worse"), (40.0, "Much worse"), (4e6, "not usable")]
+    ("perplexity", "words"),
+    [(19.5, "Close"), (25.0, "Clearly worse"), (40.0, "Much worse"), (4e6, "not usable"), (math.inf, "not usable")],
 )
 def test_grade(perplexity: float, words: str) -> None:
     assert words in grade(complete(report(perplexity=perplexity)))

@@ -78,10 +78,11 @@ def compared(report: Report) -> tuple[Report, Report]:
 
 
 def grade(report: Report) -> str:
-    worse = _perplexity_ratio(*compared(report))
+    teacher, student = compared(report)
+    worse = math.inf if student.get("perplexity") == math.inf else _perplexity_ratio(teacher, student)
     if worse is None:
         return "Not compared with the teacher."
-    return next(words for limit, words in GRADES.items() if worse < limit)
+    return next((words for limit, words in GRADES.items() if worse < limit), GRADES[math.inf])
 
 
 def verdict(report: Report) -> list[str]:
