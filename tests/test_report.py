@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from prunus.report import _training, model_card, write_report
+from prunus.report import _training, before_training, model_card, write_report
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac{| & **b**"
 
@@ -306,6 +306,12 @@ def test_card_front_matter_is_yaml() -> None:
     assert "AutoModelForCausalLM.from_pretrained" in body
     assert "| Perplexity | 19.0 | 3,120 | 88.2 | 28.5 | 140 | 1.50× |" in body
     assert "\n\n\n" not in body
+
+
+def test_the_card_of_a_cut_student_is_its_own() -> None:
+    card = model_card(before_training(full_report()))
+    assert "distilled" not in card.lower().replace("was not distilled", "")
+    assert "| Perplexity | 19.0 | 3,120 | 88.2 | 4.64× |" in card
 
 
 def test_card_does_not_publish_a_local_path() -> None:

@@ -35,7 +35,7 @@ from prunus.goal import check_goal
 from prunus.measure import measure, save_statistics
 from prunus.prune import prune
 from prunus.recipe import STAGES, Recipe
-from prunus.report import model_card, write_family, write_report
+from prunus.report import before_training, model_card, write_family, write_report
 from prunus.run import (
     BASELINE,
     LARGER,
@@ -382,10 +382,10 @@ def _report(run: Run) -> None:
     report = results.collect(run)
     write_json(run.root / "5-report.json", report)
     write_report(report, run.root / "report.html")
-    for stage in ("prune", "distill"):
+    for stage, known in {"prune": before_training(report), "distill": report}.items():
         if run.finished(stage):
             with atomic_file(run.path(stage) / "README.md") as card:
-                card.write_text(model_card(report))
+                card.write_text(model_card(known), encoding="utf-8")
 
 
 RUN_STAGE: dict[str, Callable[[Run], None]] = {

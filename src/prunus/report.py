@@ -116,6 +116,12 @@ def model_card(report: Report) -> str:
     return re.sub(r"(?<![\w:/.<~-])~?/(?:[\w.@+-]+/)+", "", card)
 
 
+def before_training(report: Report) -> Report:
+    """The report as of the student that was cut and not trained yet, for a card of its own."""
+    models = [model for model in report["models"] if model["key"] not in ("distilled", "baseline")]
+    return {**report, "models": models, "training": None}
+
+
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
