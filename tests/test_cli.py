@@ -81,12 +81,13 @@ def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):
 
 
 def test_a_plan_for_gpus_does_not_depend_on_this_machine(invoke, whole_model, corpus, tmp_path, monkeypatch):
-    options = [*small_flags(corpus, tmp_path / "run"), "--gpus", "2", "--json"]
+    options = [*small_flags(corpus, tmp_path / "run"), "--gpus", "2", "--set", "distill.batch_tokens=512", "--json"]
     plans = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.bfloat16, "cuda")):
         monkeypatch.setattr(hardware, "compute_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(hardware, "device", lambda device=device: torch.device(device))
         plans.append(as_json(invoke("plan", str(whole_model), *options)))
-    assert plans[0] == plans[1]
+    assert plans[0] == plans[1] == plans[2]
     assert plans[0]["repair_memory_bytes"] > 0
     assert plans[0]["search_memory_bytes"] > 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Training:
         live_teacher: it is in memory, rather than in a cache.
         gradient_checkpointing: only the layers' inputs are kept for the backward pass.
         ranks: over which everything is sharded.
+        device: "cpu" or "cuda", which need not be here.
     """
 
     family: Family
@@ -63,6 +64,7 @@ class Training:
     live_teacher: bool = True
     gradient_checkpointing: bool = False
     ranks: int = 1
+    device: str = field(default_factory=lambda: hardware.device().type)
 
     @property
     def tokens(self) -> int:
@@ -76,7 +78,7 @@ def peak(training: Training) -> dict[str, int]:
     That is the end of the forward pass, with all activations and the chunk of logits: the backward pass hands each
     gradient over to the masters as soon as it is there.
     """
-    here, ranks, holes = training, training.ranks, HOLES[hardware.device().type]
+    here, ranks, holes = training, training.ranks, HOLES[training.device]
     short = here.itemsize * here.parameters if ranks == 1 else _gathered(here)
     return {
         "teacher": here.live_teacher * here.itemsize * here.teacher_parameters // ranks,
@@ -146,7 +148,7 @@ def _mamba(training: Training) -> int:
         return _mamba1(training)
     convolved = inner + 2 * sizes.mamba_groups * sizes.state
     kept = 2 * inner + 3 * convolved + sizes.mamba_heads
-    if hardware.device().type == "cpu":
+    if training.device == "cpu":
         chunk = min(sizes.chunk, training.block_size)
         kept += chunk * sizes.mamba_heads * (sizes.state + 3) * 4 // training.itemsize
     return kept
@@ -157,14 +159,14 @@ def _mamba1(training: Training) -> int:
     kernel what its loop over tokens makes of every state: decay, input, and the state, in float32."""
     sizes, inner = training.student, training.student.mamba_heads
     kept = 6 * inner + 2 * sizes.dt_rank + 4 * sizes.state
-    if hardware.device().type == "cpu":
+    if training.device == "cpu":
         kept += inner * (3 * sizes.state + 6) * 4 // training.itemsize
     return kept
 
 
 def _kept_keys(training: Training) -> int:
     """Probabilities that our attention keeps, per token and head."""
-    if hardware.device().type != "cpu" or training.itemsize != 2 or training.block_size > attention.KEEP_TOKENS:
+    if training.device != "cpu" or training.itemsize != 2 or training.block_size > attention.KEEP_TOKENS:
         return 0
     return (training.block_size + min(training.block_size, attention.CHUNK_ROWS)) // 2
 
@@ -223,7 +225,7 @@ def fitting(need: Training, *, batch_blocks: int, free: int | None = None) -> Tr
         DoesNotFit: not even one block with the smallest chunk does; says what would.
     """
     free = int(ROOM * (hardware.free_memory() if free is None else free))
-    most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[hardware.device().type] // need.block_size))
+    most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[need.device] // need.block_size))
     options = (
         dataclasses.replace(need, blocks=2**power, chunk_tokens=chunk)
         for power in reversed(range(most.bit_length()))

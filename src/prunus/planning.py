@@ -201,6 +201,7 @@ def _memory(
         live_teacher=options.teacher_cache is None,
         gradient_checkpointing=options.gradient_checkpointing,
         ranks=machine.gpus,
+        device=machine.device,
     )
     if options.micro_blocks:
         need = replace(need, blocks=options.micro_blocks)
