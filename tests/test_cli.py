@@ -92,6 +92,24 @@ def test_a_plan_for_gpus_does_not_depend_on_this_machine(invoke, whole_model, co
     assert plans[0]["search_memory_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "stage", "times"),
+    [
+        ("measure.grams=false", "measure", 1 / 5),  # 1 pass, 1 for Gram matrices, 3 for gradients
+        ("measure.gradients=false", "measure", 2 / 5),
+        ("measure.contiguous=true", "measure", 1 + 1.5 * 4 * (1024 / 3) / (5 * 512)),
+        ("search.tokens=4096", "search", None),
+        ("distill.gradient_checkpointing=true", "distill", None),
+    ],
+)
+def test_what_takes_longer_is_planned_to(invoke, whole_model, corpus, tmp_path, setting, stage, times):
+    options = [*small_flags(corpus, tmp_path / "run"), "--gpus", "1", "--json"]
+    plans = [as_json(invoke("plan", str(whole_model), *options, *more)) for more in ((), ("--set", setting))]
+    before, after = (plan["seconds"].pop(stage) for plan in plans)
+    assert after / before == pytest.approx(times) if times else after > before
+    assert plans[0]["seconds"] == plans[1]["seconds"]
+
+
 @pytest.mark.parametrize("budget", [("--params", "0.7x"), ("--memory", "0.8x"), ("--arch", "ffn=20,layers=3")])
 def test_plan_writes_nothing(invoke, whole_model, corpus, tmp_path, budget):
     options = [*small_flags(corpus, tmp_path / "run", budget=budget)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prunus import cost, hardware, memory
+from prunus import cost, hardware, memory, sensitivity, tournament
 from prunus.architecture import Architecture, parse
 from prunus.budget import Budget, parse_budget
 from prunus.checkpoint import Checkpoint, load
@@ -28,6 +28,14 @@ from prunus.space import legal_architectures
 
 EFFICIENCY = 0.45
 """Share of the GEMM rate that whole steps reach (norms, attention and softmax are not GEMMs); measured, see LOG.md."""
+
+PASSES: Mapping[str, Callable[[int], float]] = {
+    "leave_one_out": lambda layers: layers / 2,
+    "logit_mse": lambda layers: layers / 2,
+    "iterative": lambda layers: layers**2 / 7,
+    "contiguous": lambda layers: 1.5 * layers,
+}
+"""Measurement of layers → its passes over the held-out text that decides; docs/depth.md says the same."""
 
 
 @dataclass(frozen=True)
@@ -261,14 +269,36 @@ def _seconds(
     built = recipe.search.candidates + 4 if recipe.arch is None else 1
     search = built * (2 * recipe.search.probe_tokens * (parent + student) + recipe.data.heldout_tokens / 3 * student)
     tokens = training_tokens + (recipe.distill.tokens or 0 if recipe.baseline else 0)
+    step = ahead + (4 if recipe.distill.gradient_checkpointing else 3) * student
     stages = {
-        "measure": recipe.measure.tokens * parent / rate,
-        "search": search / rate,
+        "measure": _measured_tokens(recipe, before.layers) * parent / rate,
+        "search": (search + _tournament_tokens(recipe) * step) / rate,
         "prune": 2 * recipe.prune.repair * recipe.prune.tokens * (parent + student) / rate,
-        "distill": tokens * (ahead + 3 * student) / (rate * machine.gpus),
+        "distill": tokens * step / (rate * machine.gpus),
         "evaluate": recipe.data.heldout_tokens * (ahead + 3 * student) / rate,
     }
     return {stage: time for stage, time in stages.items() if STAGES.index(stage) <= STAGES.index(recipe.stop_after)}
+
+
+def _measured_tokens(recipe: Recipe, layers: int) -> float:
+    """Tokens of forward passes that take as long as the measurement; without one by a task, whose length is not known.
+
+    Gram matrices cost as much as the pass that they are made of, and a backward pass twice as much as a forward one.
+    """
+    options = recipe.measure
+    gradients = 3 * min(options.tokens, sensitivity.TOKENS) if options.grams and options.gradients else 0
+    passes = sum(PASSES[kind](layers) for kind in PASSES if getattr(options, kind))
+    return (1 + options.grams) * options.tokens + gradients + passes * recipe.data.heldout_tokens / 3
+
+
+def _tournament_tokens(recipe: Recipe) -> int:
+    """That candidates are trained on, all together."""
+    if recipe.arch is not None or not recipe.search.tokens:
+        return 0
+    there, tokens = 0, 0
+    for count, end in tournament.rounds(recipe.search.candidates, recipe.search.tokens):
+        there, tokens = end, tokens + count * (end - there)
+    return tokens
 
 
 def show(result: dict[str, Any]) -> None:
