@@ -8,8 +8,8 @@ Each row is measured without any training, and after distillation on the same to
 settings, of several learning rates the best: what differs is the student alone. A row is written when it is done, and
 not made again; the table (quality_rows.py) is made of those that are there. Calibration, training and held-out text
 must be different files. With --tasks FOLDER, which holds arc_easy_test.jsonl, hellaswag_val.jsonl and
-blimp_50each.jsonl, the share of the teacher's accuracy above chance that is kept, with an interval of 95 % over the
-rows of the task. Text and cache lie in --to, rows and shapes in --rows: there too, where it is not given.
+blimp_50each.jsonl, the share of the teacher's accuracy above chance that is kept, ± 1.96 standard errors of the
+student's accuracy. Text and cache lie in --to, rows and shapes in --rows: there too, where it is not given.
 """
 
 import argparse
