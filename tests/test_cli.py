@@ -249,6 +249,8 @@ def test_evaluate_any_model(invoke, whole_model, run_folder, long_text):
     assert itself["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert itself["top1_agreement"] == 1
     assert "perplexity" in done(invoke("evaluate", model, *options))
+    refused = invoke("evaluate", model, "--teacher", str(whole_model), "--json")
+    assert (refused.exit_code, "give some with --data" in refused.stderr) == (2, True)
     wrong = invoke("evaluate", model, "--data", str(long_text), "--tokens", "10Q")
     assert wrong.exit_code == 2
     assert "tokens: '10Q' is not a quantity" in wrong.stderr

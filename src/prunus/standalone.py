@@ -184,6 +184,8 @@ def evaluate(
     options, num_tokens = parse_section(Evaluate, settings, source="command line"), _quantity("tokens", tokens)
     if options.prompts is not None:
         raise BadRecipe("prompts: sample texts are part of a run's report; a model alone is only measured")
+    if teacher is not None and data is None:
+        raise BadRecipe("--teacher: models are compared on text; give some with --data")
     checkpoint = _opened(model)
     dtype, device = hardware.compute_dtype(), hardware.device()
     module = checkpoint.module(dtype, device)
