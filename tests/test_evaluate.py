@@ -110,6 +110,13 @@ def test_loss_is_hugging_faces(build) -> None:
     assert found.top1_agreement is None
 
 
+def test_a_mark_before_each_text_stands_for_no_bytes() -> None:
+    marked = packed([5, 7], [12], [1, 8, 3])
+    marked.tokens[marked.positions == 0] = 1
+    found = evaluate.quality(llama(), marked)
+    assert found.bits_per_byte == pytest.approx(found.loss * found.num_tokens / math.log(2) / marked.num_bytes)
+
+
 @FAMILIES
 @torch.no_grad()
 def test_divergence_is_that_of_the_full_distributions(build) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,8 +42,7 @@ class Quality:
     Attributes:
         loss: nats per target token.
         perplexity: exp(loss).
-        bits_per_byte: bits of all targets / UTF-8 bytes that the targets stand for. The first token of a document is
-            no target, so the bytes are the text's bytes × (targets / tokens).
+        bits_per_byte: bits of all targets / UTF-8 bytes that the targets stand for, see `_bytes_of_targets`.
         kl_to_teacher: mean Σ_v p_teacher (log p_teacher − log p_model) in nats per target; None without a teacher.
         top1_agreement: share of targets where teacher and model prefer the same token; None without a teacher.
         num_tokens: targets counted.
@@ -122,7 +122,7 @@ def qualities(
             num_tokens += len(target_N)
     if num_tokens == 0:
         raise BadData("evaluation: no token continues a document, so there is nothing to predict; give longer texts")
-    num_bytes = blocks.num_bytes * num_tokens / blocks.num_tokens
+    num_bytes = _bytes_of_targets(blocks, num_tokens)
     return {name: _quality(total, num_tokens, num_bytes, compared=teacher is not None) for name, total in sums.items()}
 
 
@@ -250,6 +250,13 @@ def _chunk_sums(log_p_NV: Tensor, target_N: Tensor, teacher_NV: Tensor | None) -
         kl = torch.linalg.vecdot(teacher_NV.exp(), teacher_NV - log_p_NV).sum(dtype=torch.float64).item()
         agreements = (teacher_NV.argmax(-1) == log_p_NV.argmax(-1)).sum().item()
     return torch.tensor([nll, kl, agreements], dtype=torch.float64)
+
+
+def _bytes_of_targets(blocks: Blocks, num_targets: int) -> float:
+    """The text's bytes × (targets / tokens), because the first token of a document is no target. Where that is always
+    the same one, it is the mark that the tokenizer puts there and stands for no bytes: the targets stand for all."""
+    firsts = np.unique(blocks.tokens[blocks.positions == 0])
+    return blocks.num_bytes if len(firsts) == 1 else blocks.num_bytes * num_targets / blocks.num_tokens
 
 
 def _quality(sums: Tensor, num_tokens: int, num_bytes: float, *, compared: bool) -> Quality:
