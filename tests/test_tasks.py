@@ -147,6 +147,14 @@ def test_accuracy_is_that_of_the_log_likelihoods(
     assert logging.getLogger("lm_eval").level == logging.NOTSET
 
 
+def test_a_gold_that_means_two_answers_is_refused() -> None:
+    task = tasks.LocalTask("sums", Path("rows.jsonl"), "2 + 3 =", "endings", "gold")
+    endings = {"endings": ["3", "4", "5", "1"]}
+    assert [tasks.gold_index(task, endings | {"gold": gold}) for gold in (1, "5", "4", "0")] == [1, 2, 1, 0]
+    with pytest.raises(BadRecipe, match=r"gold '1' is one of the answers .* and the index of another"):
+        tasks.gold_index(task, endings | {"gold": "1"})
+
+
 @needs_lm_eval
 def test_errors_are_what_is_not_right(folder, model, tokenizer) -> None:
     task = local_task_from_dict(GOOD, folder=folder)

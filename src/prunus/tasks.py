@@ -129,14 +129,20 @@ def gold_index(task: LocalTask, row: Mapping[str, Any]) -> int:
     """Index of the right answer among the row's choices.
 
     Raises:
-        BadRecipe: the gold is neither a valid index nor one of the answers.
+        BadRecipe: the gold is neither a valid index nor one of the answers, or both, and of two answers.
     """
     choices = answers(task, row)
     gold = row[task.gold] if isinstance(task.gold, str) else task.gold
-    if gold in choices:
-        return choices.index(gold)
+    found = {choices.index(gold)} if gold in choices else set()
     if str(gold).isdecimal() and int(gold) < len(choices):
-        return int(gold)
+        found.add(int(gold))
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise BadRecipe(
+            f"task {task.name}: gold {gold!r} is one of the answers {choices!r} and the index of another; write the "
+            f"index as a number, without quotes ({task.file})"
+        )
     raise BadRecipe(
         f"task {task.name}: gold {gold!r} is neither one of the answers {choices!r} nor an index from 0 to "
         f"{len(choices) - 1} ({task.file})"
