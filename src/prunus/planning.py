@@ -98,6 +98,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         "peak_memory_parts": heaviest.memory,
         "search_memory_bytes": max(each.search_memory for each in found),
         "repair_memory_bytes": max(each.repair_memory for each in found),
+        "evaluation_memory_bytes": _evaluation_memory(recipe, first, teacher, last.target, machine),
         "gpus": machine.gpus,
         "seconds": {**({"larger student": ahead} if earlier else {}), **last.seconds},
         "writes": [f"{recipe.to}/{name}" for name in files],
@@ -249,6 +250,16 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
     return sum(parts.values())
 
 
+def _evaluation_memory(
+    recipe: Recipe, first: Checkpoint, teacher: Checkpoint, target: Architecture, machine: Machine
+) -> int:
+    """Bytes of the teacher and of every student that the table compares, all at once on one GPU (or CPU)."""
+    if STAGES.index("evaluate") > STAGES.index(recipe.stop_after):
+        return 0
+    students = 2 + (recipe.prune.repair or recipe.prune.norm_correction) + recipe.baseline
+    return machine.dtype.itemsize * (teacher.parameters + students * _parameters(first, target))
+
+
 def _seconds(
     recipe: Recipe,
     training_tokens: int,
@@ -327,7 +338,7 @@ def show(result: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in result["peak_memory_parts"].items())
     each = " on each" if result["gpus"] > 1 else ""
     console.print(f"Peak memory of the training{each}: about {result['peak_memory_bytes'] / 1e9:.1f} GB ({parts})")
-    for stage in ("search", "repair"):
+    for stage in ("search", "repair", "evaluation"):
         if need := result[f"{stage}_memory_bytes"]:
             console.print(f"Peak memory of the {stage}: about {need / 1e9:.1f} GB")
     stages = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items())
