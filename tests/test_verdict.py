@@ -80,6 +80,11 @@ def test_what_was_not_repaired_is_not_called_so(corrected: bool, words: str) -> 
     assert "repair" not in label("repaired", Prune(repair=False, norm_correction=corrected))
 
 
+def test_a_change_that_does_not_show_is_none() -> None:
+    assert "perplexity on held-out text stays at 19.0 (1.00×)" in verdict(complete(report(perplexity=19.001)))[1]
+    assert not [each for each in cautions(complete(report(perplexity=88.201))) if "worse" in each]
+
+
 def test_a_group_counts_once() -> None:
     """Its members are listed beside it."""
     run = report()

@@ -116,8 +116,8 @@ def _lost(teacher: Report, student: Report, named: set[str]) -> str:
     tasks = [task for task in shared if task in named] or shared
     if worse is not None:
         before, after = formats.number(teacher["perplexity"]), formats.number(student["perplexity"])
-        verb = "rises" if worse > 1 else "falls"
-        parts.append(f"perplexity on held-out text {verb} from {before} to {after} ({formats.times(worse)})")
+        moves = f"{'rises' if worse > 1 else 'falls'} from {before} to" if before != after else "stays at"
+        parts.append(f"perplexity on held-out text {moves} {after} ({formats.times(worse)})")
     if student.get("top1_agreement") is not None:
         share = formats.percent(student["top1_agreement"])
         parts.append(f"the teacher's first choice of next token is kept at {share} of positions")
@@ -222,8 +222,9 @@ def _stage_cautions(report: Report) -> Iterator[str]:
     for before, after, words in (("cut", "repaired", repair), ("repaired", "distilled", "Distillation")):
         worse = ratio(known.get(after), known.get(before))
         if worse is not None and worse > 1:
-            change = " → ".join(formats.number(known[stage]) for stage in (before, after))
-            yield f"{words} made the student worse (perplexity {change})."
+            old, new = (formats.number(known[stage]) for stage in (before, after))
+            if old != new:
+                yield f"{words} made the student worse (perplexity {old} → {new})."
     if final in ("cut", "repaired"):
         yield "The student was not distilled: nothing has trained it since the cut."
     baseline = ratio(known.get("baseline"), known.get(final or ""))
