@@ -17,6 +17,7 @@ from prunus.errors import UnsupportedModel
 from prunus.families import _probes, family_of, known_families
 from prunus.families._inferred import infer
 from prunus.families._tiny import random_model
+from prunus.head import head_of
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.prune import prune
@@ -111,6 +112,24 @@ def test_what_is_inferred_is_what_the_file_says(model_type):
 def test_what_works_otherwise_is_refused_with_the_reason(model_type, reason):
     with pytest.raises(UnsupportedModel, match=reason):
         infer(AutoConfig.for_model(model_type))
+
+
+def test_the_head_gives_the_logits_of_the_model(inferred, blocks):
+    """Also where a config multiplies by what others divide by."""
+    model, (tokens, _) = inferred.module(torch.float32), blocks.batch([0])
+    if hasattr(model.config, "logits_scaling"):
+        model.config.logits_scaling = 4.0
+    with torch.no_grad():
+        states = anatomy.body_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
+        expected = model(input_ids=tokens, use_cache=False).logits
+        torch.testing.assert_close(head_of(model).logits(states), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_not_known_is_refused(monkeypatch):
+    monkeypatch.setattr("prunus.head.MULTIPLIED", ())
+    config = AutoConfig.for_model("hyperclovax", logits_scaling=3.0)
+    with pytest.raises(UnsupportedModel, match="its logits are not what its output head makes"):
+        infer(config)
 
 
 def test_what_cannot_be_cut_is_said(tmp_path):

@@ -14,10 +14,11 @@ from prunus.families import known_families
 
 PACKAGE = Path(pr.__file__).parent
 LAYERS = """
-    errors anatomy dims architecture families.family families._decoder families._vision
+    errors anatomy attention faster norms rotary hardware losses kernels head
+    dims architecture families.family families._decoder families._vision
     families._decilm families._uneven
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
-    cost files attention faster norms rotary hardware frozen layerwise parallel losses kernels head
+    cost files frozen layerwise parallel
     sensitivity elimination packing experts weights storage checks shards hub checkpoint source documents text scores
     weight_norms measure depth importance selection repair refit
     row_blocks fused memory prune pieces vocabulary evaluate tasks

@@ -17,6 +17,8 @@ from prunus.kernels import Samples, TopK
 
 FACTORS, DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
 """Config keys of what the logits are multiplied by (Cohere, Falcon-H1) and divided by (Granite)."""
+MULTIPLIED = ("hyperclovax",)
+"""Types that multiply by what the others divide by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ def head_of(model: PreTrainedModel) -> Head:
     factors = (getattr(config, key, None) for key in FACTORS)
     scale = math.prod(factor for factor in factors if factor is not None)
     divisor = getattr(config, DIVISOR, None) or 1.0
-    return Head(module.weight, getattr(module, "bias", None), softcap, scale / divisor)
+    scale = scale * divisor if config.model_type in MULTIPLIED else scale / divisor
+    return Head(module.weight, getattr(module, "bias", None), softcap, scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from prunus.families import _probes
 from prunus.families._probes import BASE
 from prunus.families._tiny import Tiny
 from prunus.families.family import Branch
+from prunus.head import head_of
 
 DOCUMENT = 10
 """Tokens of a document."""
@@ -42,6 +43,19 @@ def check_causal(tiny: Tiny, tokens_BS: Tensor) -> None:
     )
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-4):
         raise UnsupportedModel("it reads text in both directions")
+
+
+@torch.no_grad()
+def check_head(tiny: Tiny, tokens_BS: Tensor) -> None:
+    """What is distilled comes from the last states by a head that is known (see `head.head_of`).
+
+    Raises:
+        UnsupportedModel: the model makes other logits of them.
+    """
+    states_BSH = tiny.body(input_ids=tokens_BS, use_cache=False).last_hidden_state
+    logits_BSV = tiny.model(input_ids=tokens_BS, use_cache=False).logits
+    if not torch.allclose(head_of(tiny.model).logits(states_BSH), logits_BSV.float(), rtol=1e-3, atol=1e-4):
+        raise UnsupportedModel("its logits are not what its output head makes of the last states")
 
 
 def seen(

@@ -106,6 +106,7 @@ def _proven(config: PreTrainedConfig, tied: bool) -> Family:
         except Exception as error:  # whatever its code runs into
             raise UnsupportedModel(f"it does not run on text ({one_line(error)})") from error
     _experiments.check_causal(tiny, tokens_BS)
+    _experiments.check_head(tiny, tokens_BS)
     branches = _trace.by_mark([_trace.branches(layer, tiny.config) for layer in ran])
     seen = _experiments.seen(config, tiny, branches, ran[0].call.given, tokens_BS)
     best: tuple[Trial, dict[str, str]] | None = None
