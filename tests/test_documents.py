@@ -37,9 +37,25 @@ def test_json_lines(tmp_path: Path, name: str) -> None:
     assert list(documents(str(file))) == UNICODE
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_rows_far_behind_may_have_other_columns_and_types(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "x" * 10_000, "id": 1, "from": None}] * 1200  # more than `datasets` looks at to tell the types
+    others = [{"text": "one", "id": "7"}, {"text": "two", "from": {"url": "u"}}, {"new": 1, "text": "three"}]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows + others))
+    assert list(documents(str(tmp_path / name)))[-3:] == ["one", "two", "three"]
+
+
+def test_half_a_character_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "whole \\ud83d\\ude00, cut \\ud83d"}\n')
+    (document,) = documents(str(tmp_path / "a.jsonl"))
+    assert document == "whole 😀, cut \N{REPLACEMENT CHARACTER}"
+    assert is_held_out(document, share=1.0)
+
+
 def test_json_array(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"text": document} for document in UNICODE]))
-    assert list(documents(str(tmp_path / "a.json"))) == UNICODE
+    for name, indent in itertools.product(("a.json", "a.jsonl"), (None, 2)):
+        (tmp_path / name).write_text(json.dumps([{"text": document} for document in UNICODE], indent=indent))
+        assert list(documents(str(tmp_path / name))) == UNICODE
 
 
 def test_parquet(tmp_path: Path) -> None:

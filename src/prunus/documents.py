@@ -32,6 +32,8 @@ CHAT_COLUMNS = ("messages", "conversations")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 """Names of the roles in data written for ShareGPT."""
 ROWS_LOOKED_AT = 100  # to tell which columns hold text
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""JSON can hold it where a text was cut; UTF-8 cannot, nor can a tokenizer."""
 
 
 Message = dict[str, str]
@@ -149,11 +151,11 @@ def _read_text(file: Path) -> Iterator[str]:
 def _read_table(file: Path, text_field: str | None, render: Render | None) -> Iterator[str]:
     try:
         with _quiet():
-            pattern = glob.escape(str(file))
-            rows = datasets.load_dataset(_reader(file), data_files=[pattern], split="train", streaming=True)
-            yield from _texts(rows, text_field, render, str(file))
+            yield from _texts(_rows(file), text_field, render, str(file))
     except BadData:
         raise
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file) from error
     except StopIteration:  # what `datasets` makes of an empty file
         return
     except Exception as error:  # pyarrow, json, gzip, zstandard and datasets each raise their own
@@ -161,7 +163,40 @@ def _read_table(file: Path, text_field: str | None, render: Render | None) -> It
             raise BadData(
                 f"{file}: damaged, or not Parquet ({_first_line(error)}). Write or fetch it again."
             ) from error
-        raise _broken_json(file, error) from error
+        raise _broken_json(file, _first_line(error)) from error
+
+
+def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
+    """Rows of a table. Those of JSON lines need not have the same keys, nor types, which `datasets` asks for."""
+    if _reader(file) == "json" and _has_a_row_per_line(file):
+        return _json_lines(file)
+    return datasets.load_dataset(_reader(file), data_files=[glob.escape(str(file))], split="train", streaming=True)
+
+
+def _has_a_row_per_line(file: Path) -> bool:
+    """Other files hold one array of all rows, or one object on several lines."""
+    with _open(file) as stream:
+        first = next(filter(str.strip, stream), "").lstrip()
+    if ".jsonl" in file.suffixes:
+        return not first.startswith("[")
+    try:
+        return first.startswith("{") and bool(json.loads(first))
+    except json.JSONDecodeError:
+        return False
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    with _open(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as mistake:
+                raise _broken_json(file, f"line {number}: {mistake.msg} at character {mistake.colno}") from mistake
+            if not isinstance(row, dict):
+                raise _broken_json(file, f"line {number} is a {type(row).__name__}")
+            yield row
 
 
 def _read_hub(source: str, text_field: str | None, render: Render | None) -> Iterator[str]:
@@ -195,7 +230,7 @@ def _texts(
             raise BadData(
                 f"{source}: column {column!r} holds a {type(value).__name__} where text belongs: {value!r:.60}"
             )
-        yield value or ""
+        yield HALF_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", value or "")
 
 
 def _text_column(rows: Sequence[Mapping[str, Any]], text_field: str | None, render: Render | None, source: str) -> str:
@@ -273,28 +308,11 @@ def mixed(sources: Sequence[tuple[Iterable[str], float]]) -> Iterator[str]:
         yield document
 
 
-def _broken_json(file: Path, error: Exception) -> BadData:
-    try:
-        why = _broken_line(file) or _first_line(error)
-    except Exception as damage:  # of the encoding or the archive
-        error, why = damage, _first_line(damage)
-    if isinstance(error, UnicodeDecodeError):
-        return _not_utf8(file)
+def _broken_json(file: Path, why: str) -> BadData:
     return BadData(
         f"{file}: broken JSON ({why}). "
         'Every line of a .jsonl must be one object, such as {"text": "…"}; mend or remove what is broken.'
     )
-
-
-def _broken_line(file: Path) -> str | None:
-    """Which line of a .jsonl is not JSON. The parser of `datasets` counts from the last 10 MB that it read."""
-    with _open(file) as stream:
-        for number, line in enumerate(stream if ".jsonl" in file.suffixes else (), start=1):
-            try:
-                json.loads(line if line.strip() else "null")
-            except json.JSONDecodeError as mistake:
-                return f"line {number}: {mistake.msg} at character {mistake.colno}"
-    return None
 
 
 def _not_utf8(file: Path) -> BadData:
