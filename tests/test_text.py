@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,13 @@ def test_long_documents_are_cut_at_lines_then_spaces(
     pieces = list(text._pieces(document))
     assert "".join(pieces) == document
     assert [len(piece) for piece in pieces] == sizes
+
+
+def test_a_document_of_any_length_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "PIECE_CHARACTERS", 20)
+    start = time.monotonic()
+    assert sum(map(len, text._pieces("word " * 400_000))) == 2_000_000
+    assert time.monotonic() - start < 2  # 8 s, were the rest copied for each piece
 
 
 def test_long_documents_bring_no_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -268,12 +268,14 @@ def _bytes_of_tokens(document: str, offsets: list[tuple[int, int]]) -> np.ndarra
 
 def _pieces(document: str) -> Iterator[str]:
     """A document in parts of at most PIECE_CHARACTERS, cut at the last line end, or else space, before that."""
-    while len(document) > PIECE_CHARACTERS:
-        cuts = (document.rfind(mark, 0, PIECE_CHARACTERS) + 1 for mark in ("\n", " "))
-        cut = next(filter(None, cuts), PIECE_CHARACTERS)
-        yield document[:cut]
-        document = document[cut:]
-    yield document
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        cuts = (document.rfind(mark, start, end) + 1 for mark in ("\n", " "))
+        cut = next(filter(None, cuts), end)
+        yield document[start:cut]
+        start = cut
+    yield document[start:]
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
