@@ -175,6 +175,26 @@ def test_a_tokenizer_that_cannot_spell_is_refused():
         choose(PreTrainedTokenizerFast(tokenizer_object=raw), {}, 1)
 
 
+def test_a_tokenizer_that_marks_the_ends_of_words_is_refused():
+    raw = Tokenizer(models.BPE({"a": 0, "b</w>": 1, "ab</w>": 2}, [("a", "b</w>")], end_of_word_suffix="</w>"))
+    with pytest.raises(UnsupportedModel, match="where words begin or end"):
+        choose(PreTrainedTokenizerFast(tokenizer_object=raw), {}, 2)
+
+
+def test_the_alphabet_stays_where_a_token_only_looks_like_a_byte():
+    raw = byte_level()
+    raw.add_tokens(["<0x0A>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    kept = set(choose(tokenizer, {}, 300).ids)
+    assert {raw.token_to_id(letter) for letter in pre_tokenizers.ByteLevel.alphabet()} <= kept
+
+
+def test_the_unknown_token_may_be_an_added_one():
+    raw = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], unk_token="<unk>"))
+    raw.add_special_tokens(["<unk>"])
+    assert choose(PreTrainedTokenizerFast(tokenizer_object=raw), {}, 3).ids == [0, 1, 3]
+
+
 def test_a_model_learns_its_new_spelling(model, tmp_path, invoke):
     """From the command line: cut, and trained on so much of the text that it knows it better than before."""
     text = tmp_path / "text.jsonl"

@@ -147,6 +147,10 @@ def _parts(definition: Mapping[str, Any]) -> Callable[[int], set[int]]:
         raise UnsupportedModel(
             f"a {model['type']} tokenizer: its vocabulary cannot be cut, because it cannot spell what is cut off"
         )
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise UnsupportedModel(
+            "a BPE tokenizer that marks where words begin or end in its tokens: what they are merged from is not known"
+        )
     ids: dict[str, int] = model["vocab"]
     ranks: dict[tuple[str, str], int] = {}
     for rank, merge in enumerate(model["merges"]):
@@ -185,11 +189,11 @@ def _essential(
         in_use = counts.get(token["id"], 0) or content in templates or content in named
         if in_use or not PLACEHOLDER.search(content):
             yield token["id"]
-    if model.get("unk_token") is not None:
+    if model.get("unk_token") in ids:  # it may be an added token alone
         yield ids[model["unk_token"]]
     if model.get("unk_id") is not None:
         yield model["unk_id"]
-    spelled_by_bytes = any(BYTE.fullmatch(token) for token in ids)
+    spelled_by_bytes = model.get("byte_fallback")
     for token, id in ids.items():
         if BYTE.fullmatch(token) or token == SPACE or (len(token) == 1 and not spelled_by_bytes):
             yield id
