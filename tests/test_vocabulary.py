@@ -11,11 +11,17 @@ import torch
 from conftest import VISION_TOKEN, add_tokenizer, seen, tiny_model
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from prunus.checkpoint import Checkpoint, load
 from prunus.errors import BadCheckpoint, BadRecipe, UnsupportedModel
-from prunus.vocabulary import Vocabulary, choose, count_tokens, trim
+from prunus.vocabulary import Vocabulary, choose, count_tokens, named_ids, trim
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<unused0>", "<unused1>", "<|user|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -214,6 +220,33 @@ def test_a_model_learns_its_new_spelling(model, tmp_path, invoke):
             losses.append(float(written.module(torch.float32)(tokens, labels=tokens).loss))
     assert losses[1] < losses[0] - 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out0", "out1", "text.jsonl"]
+
+
+def test_what_a_generation_config_names_follows(pieces, tmp_path):
+    """Ids that end a text stay; a sequence of which a part left is none any more."""
+    folder, ids = Path(shutil.copytree(pieces.folder, tmp_path / "model")), list(range(300))
+    GenerationConfig(
+        eos_token_id=[2, 650], bad_words_ids=[[650, 7], [650], [8, 9]], suppress_tokens=[5, 650],
+        sequence_bias=[[[650, 8], -1.0], [[9], 2.0]],
+    ).save_pretrained(folder)  # fmt: skip
+    (folder / "tokenizer.model.v3").write_bytes((folder / "tokenizer.model").read_bytes())
+    checkpoint = load(folder)
+    assert 650 in named_ids(checkpoint)
+    assert 650 in choose(checkpoint.tokenizer(), {}, 400, named=named_ids(checkpoint)).ids
+    kept = trim(checkpoint, Vocabulary([*ids[1:], 650], 1.0), to=tmp_path / "kept").folder
+    assert GenerationConfig.from_pretrained(kept).eos_token_id == [1, 299]
+    cut = trim(checkpoint, Vocabulary(ids, 1.0), to=tmp_path / "cut").folder
+    found = GenerationConfig.from_pretrained(cut)
+    assert found.eos_token_id == [2]
+    assert found.bad_words_ids == [[8, 9]]
+    assert found.suppress_tokens == [5]
+    assert found.sequence_bias == [[[9], 2.0]]
+    assert not (cut / "tokenizer.model.v3").exists(), "another form of the old vocabulary"
+
+
+def test_a_slow_tokenizer_is_refused():
+    with pytest.raises(UnsupportedModel, match=r"ByT5Tokenizer is a slow tokenizer.*tokenizer\.json"):
+        count_tokens(ByT5Tokenizer(), TEXT)
 
 
 def test_a_model_that_sees_finds_its_image_token_again(tmp_path):

@@ -107,7 +107,8 @@ def trim_vocabulary(
     with console.bar("tokens", unit="documents") as step:
         some = itertools.islice(documents(data, render=chat_template(tokenizer)), most_documents)
         counts = vocabulary.count_tokens(tokenizer, some, progress=lambda done: step(done, most_documents))
-    chosen = vocabulary.choose(tokenizer, counts, wanted, embedded=checkpoint.architecture.vocab)
+    named = vocabulary.named_ids(checkpoint)
+    chosen = vocabulary.choose(tokenizer, counts, wanted, embedded=checkpoint.architecture.vocab, named=named)
     if training is None:
         written = vocabulary.trim(checkpoint, chosen, to=to)
     else:

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ SPACE = "▁"
 """What SentencePiece writes for a space; spelled by bytes it would stay what it looks like."""
 ID_KEY = re.compile(r"(_token|^token)_(id|ids|index)$")
 """Config keys whose values are ids."""
-ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
+ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
+GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 """The vocabulary as SentencePiece stores it, which llama.cpp reads instead of tokenizer.json where it is there."""
-STALE_FILES = (SENTENCEPIECE, "vocab.*", "merges.txt", "added_tokens.json", "spiece.model")
+STALE_FILES = (f"{SENTENCEPIECE}*", "vocab.*", "merges.txt", "added_tokens.json", "spiece.model")
 """Other forms of the old vocabulary."""
 
 
@@ -62,7 +63,14 @@ def count_tokens(
 
     Args:
         progress: called with the documents done.
+    Raises:
+        UnsupportedModel: the tokenizer is not a fast one, so what it is made of is not known.
     """
+    if not tokenizer.is_fast:
+        raise UnsupportedModel(
+            f"{type(tokenizer).__name__} is a slow tokenizer, whose vocabulary cannot be cut. "
+            "Give the model folder a tokenizer.json."
+        )
     counts: Counter[int] = Counter()
     done, backend = 0, copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()  # a tokenizer that was saved in a training may have both
@@ -76,13 +84,19 @@ def count_tokens(
 
 
 def choose(
-    tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: int, *, embedded: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Mapping[int, int],
+    size: int,
+    *,
+    embedded: int | None = None,
+    named: Container[int] = (),
 ) -> Vocabulary:
     """The `size` ids to keep: special tokens, bytes, and the most frequent with all that they are merged from; of
     equally frequent ones those of lowest id, which tokenizers give to what is frequent elsewhere.
 
     Args:
         embedded: ids that the model has an embedding for; a tokenizer may have more (Gemma 3's image tokens).
+        named: ids that stay too (see `named_ids`).
     Raises:
         BadRecipe: a size below what must stay, or above what there is.
         UnsupportedModel: a tokenizer of another kind than BPE or Unigram.
@@ -91,6 +105,7 @@ def choose(
     parts = _parts(definition)
     vocabulary = {token: id for token, id in tokenizer.get_vocab().items() if embedded is None or id < embedded}
     kept = {id for id in _essential(tokenizer, definition, counts) if embedded is None or id < embedded}
+    kept |= {id for id in vocabulary.values() if id in named}
     for id in list(kept):
         kept |= parts(id)
     if not len(kept) <= size <= len(vocabulary):
@@ -108,6 +123,22 @@ def choose(
     total = sum(counts.values())
     coverage = sum(number for id, number in counts.items() if id in kept) / max(total, 1)
     return Vocabulary(sorted(kept), coverage)
+
+
+def named_ids(checkpoint: Checkpoint) -> set[int]:
+    """What config and generation config name, such as an end of turn that the tokenizer keeps in reserve."""
+    config = checkpoint.config.to_dict()
+    parts = [config, config.get(checkpoint.family.nested or "", {}), _generation(checkpoint) or {}]
+    values = [value for part in parts for key, value in part.items() if ID_KEY.search(key)]
+    return {id for value in values for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)}
+
+
+def _generation(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What its generation config says, if it has one."""
+    if not (checkpoint.folder / GENERATION).is_file():
+        return None
+    values: dict[str, Any] = GenerationConfig.from_pretrained(checkpoint.folder).to_diff_dict()
+    return values
 
 
 def trim(checkpoint: Checkpoint, vocabulary: Vocabulary, *, to: Path) -> Checkpoint:
@@ -216,10 +247,8 @@ def _tokenizer_files(checkpoint: Checkpoint, new_id: Mapping[int, int]) -> dict[
         if old:
             values["added_tokens_decoder"] = {str(new_id[int(id)]): old[id] for id in old if int(id) in new_id}
         files[settings.name] = json.dumps(values, indent=2, ensure_ascii=False)
-    generation = checkpoint.folder / "generation_config.json"
-    if generation.is_file():
-        values = _renumbered(GenerationConfig.from_pretrained(checkpoint.folder).to_diff_dict(), new_id)
-        files[generation.name] = json.dumps(values, indent=2)
+    if (generation := _generation(checkpoint)) is not None:
+        files[GENERATION] = json.dumps(_renumbered(generation, new_id), indent=2)
     return files
 
 
@@ -256,14 +285,19 @@ def _renumber_template(processor: dict[str, Any] | None, new_id: Mapping[int, in
 
 
 def _renumbered(values: Mapping[str, Any], new_id: Mapping[int, int]) -> dict[str, Any]:
-    """A config with new ids; of those that left, none."""
+    """A config with new ids; of those that left none, and no sequence that one of them was part of."""
 
     def renumber(value: Any) -> Any:
         if isinstance(value, Sequence) and not isinstance(value, str):
-            return [renumber(item) for item in value if not isinstance(item, int) or item in new_id]
+            items = [renumber(item) for item in value]
+            return None if None in items else items
         return new_id.get(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
-    return {key: renumber(value) if ID_KEY.search(key) or key in ID_LISTS else value for key, value in values.items()}
+    def of_key(value: Any) -> Any:
+        listed = isinstance(value, list | tuple)
+        return [item for item in map(renumber, value) if item is not None] if listed else renumber(value)
+
+    return {key: of_key(value) if ID_KEY.search(key) or key in ID_LISTS else value for key, value in values.items()}
 
 
 def _batches(documents: Iterable[str], size: int = 256) -> Iterator[list[str]]:
