@@ -57,6 +57,16 @@ def test_a_type_without_a_file_is_cut_as_those_with_one(inferred, blocks, tmp_pa
         assert_cache_changes_nothing(model, blocks)
 
 
+@pytest.mark.parametrize("model_type", ["biogpt", "gpt_neo", "opt"])
+def test_a_model_may_know_more_positions_than_a_tiny_one(model_type, blocks, tmp_path):
+    config = tiny(model_type)
+    config.max_position_embeddings *= 2
+    torch.manual_seed(0)
+    random_model(config).save_pretrained(tmp_path / "whole")
+    checkpoint = pr.load(tmp_path / "whole")
+    cut_and_reload(checkpoint, checkpoint.architecture.replace(layers=2, ffn=24), blocks, tmp_path)
+
+
 def test_keeping_everything_changes_no_bit(inferred, blocks, tmp_path):
     student = prune(
         inferred, score(measure(inferred, blocks)), inferred.architecture, to=tmp_path / "s", calibration=blocks

@@ -19,7 +19,7 @@ from prunus.families import _experiments, _probes, _tiny, _trace
 from prunus.families._probes import BASE, fields_of
 from prunus.families._proof import Trial
 from prunus.families._tiny import Tiny
-from prunus.families.family import Branch, Family
+from prunus.families.family import AS_IT_IS, Branch, Family
 
 BLOCKS, TOKENS = 2, 20
 MOST_TRIES = 24
@@ -172,7 +172,7 @@ def _family(config: PreTrainedConfig, tiny: Tiny, seen: Mapping[str, Any], layou
     return Family(
         **seen,
         layer_weights={name: units for name, units in layout.items() if name in inside},
-        outer_weights={name: units for name, units in layout.items() if name not in inside},
+        outer_weights={name: _open(units) for name, units in layout.items() if name not in inside},
         norms=tuple(inner),
         latents={units_of[norm]: norm for norm in inner if units_of[norm] in ("q_rank", "kv_rank")},
         constraints=constraints,
@@ -183,6 +183,11 @@ def _family(config: PreTrainedConfig, tiny: Tiny, seen: Mapping[str, Any], layou
         stored_as=stored_as,
         further_layers=FURTHER_LAYERS,
     )
+
+
+def _open(units: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a table of positions tiny models have fewer rows than their like."""
+    return tuple(AS_IT_IS if unit.isdigit() else unit for unit in units)
 
 
 def _named_for_experts(layout: Layout, fields: dict[str, str]) -> tuple[Layout, dict[str, str]]:
