@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_prune import assert_cache_changes_nothing, cut_and_reload, drawn, logits
 from transformers import AutoConfig
 
@@ -65,6 +66,26 @@ def test_a_model_may_know_more_positions_than_a_tiny_one(model_type, blocks, tmp
     random_model(config).save_pretrained(tmp_path / "whole")
     checkpoint = pr.load(tmp_path / "whole")
     cut_and_reload(checkpoint, checkpoint.architecture.replace(layers=2, ffn=24), blocks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "masks"),
+    [
+        ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias"]),
+        ("gpt2", ["transformer.h.0.attn.bias"]),
+        ("gpt_neo", ["transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"]),
+        ("codegen", ["transformer.h.0.attn.causal_mask"]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_masks_of_old_are_left_out(model_type, masks, dtype, tmp_path):
+    """As published checkpoints such as Pythia's hold them."""
+    torch.manual_seed(0)
+    random_model(tiny(model_type)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    save_file(stored | {name: torch.ones(1, 1, 8, 8).to(dtype) for name in masks}, file, metadata={"format": "pt"})
+    assert pr.load(tmp_path).stored.keys() == anatomy.stored_tensors(random_model(tiny(model_type))).keys()
 
 
 def test_keeping_everything_changes_no_bit(inferred, blocks, tmp_path):

@@ -320,7 +320,7 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
         raise BadCheckpoint(f"{name}: config.json is not a valid config: {one_line(error, 1000)}") from error
     checks.variant(name, family, config)
     try:
-        stored = storage.gathered(family, shards.places(folder, name))
+        stored = storage.gathered(family, shards.places(folder, name, family.unread))
     except KeyError as error:
         raise BadCheckpoint(
             f"{name}: the checkpoint is incomplete, it lacks {error.args[0]}; download it again"

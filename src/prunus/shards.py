@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,8 +14,12 @@ from prunus.errors import BadCheckpoint, UnsupportedModel
 from prunus.storage import Place
 
 
-def places(folder: Path, name: str) -> list[Place]:
-    """What the safetensors files hold, in the order in which it lies there."""
+def places(folder: Path, name: str, unread: Iterable[str] = ()) -> list[Place]:
+    """What the safetensors files hold, in the order in which it lies there.
+
+    Args:
+        unread: patterns of what transformers does not read (see `Family`): it may be of any type, as masks of old are.
+    """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
@@ -41,6 +47,8 @@ def places(folder: Path, name: str) -> list[Place]:
                 for tensor in weights.names(path):
                     found = file.get_slice(tensor)
                     if found.get_dtype() not in weights.DTYPES:
+                        if any(fnmatch(tensor, f"*.{pattern}") for pattern in unread):
+                            continue
                         raise UnsupportedModel(f"{name}: {tensor} is of type {found.get_dtype()}. {checks.DEQUANTISE}")
                     places.append(Place(path, tensor, tuple(found.get_shape())))
         except (SafetensorError, OSError) as error:

@@ -38,6 +38,8 @@ FUSED = {
     "2*expert_ffn": ("2*expert_ffn", "expert_ffn*2"),
 }
 """Dimensions whose order shapes do not tell, and the orders that are tried."""
+UNREAD = ("attn.attention.bias", "attn.attention.masked_bias", "attn.causal_mask")
+"""Masks that published checkpoints of GPT-Neo and CodeGen hold, and transformers no longer reads."""
 FURTHER_LAYERS = "num_nextn_predict_layers"
 """Config key of how many layers predict further tokens, where there are such."""
 BELONG_TO_EXPERTS = ("top_k", "expert_ffn", "shared_experts", "expert_groups", "chosen_groups")
@@ -182,6 +184,7 @@ def _family(config: PreTrainedConfig, tiny: Tiny, seen: Mapping[str, Any], layou
         stored_prefixes=prefixes,
         stored_as=stored_as,
         further_layers=FURTHER_LAYERS,
+        unread=(*Family.unread, *UNREAD),
     )
 
 
