@@ -63,6 +63,20 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(documents(str(tmp_path / "a.parquet"))) == UNICODE
 
 
+def test_parquet_with_columns_that_hold_no_text(tmp_path: Path) -> None:
+    table = {
+        "tags": pyarrow.array([[("k", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "at": pyarrow.array([1, 2], pyarrow.timestamp("ns")),
+        "kind": pyarrow.array(["web", "book"]).dictionary_encode(),
+        "text": pyarrow.array(PROSE[:2], pyarrow.large_string()),
+    }
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    assert list(documents(str(tmp_path / "a.parquet"))) == PROSE[:2]
+    assert list(documents(str(tmp_path / "a.parquet"), text_field="kind")) == ["web", "book"]
+    with pytest.raises(BadData, match=r"Columns: tags, at, kind \(text\), text \(text\)\."):
+        list(documents(str(tmp_path / "a.parquet"), text_field="tags"))
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.rst", "a.txt.gz", "a.txt.zst"])
 def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
     content = "first\n\nsecond é\n\n\nthird\n".encode()
@@ -118,7 +132,9 @@ def plain(messages: list[dict[str, str]]) -> str:
 )
 def test_conversations_become_text(tmp_path: Path, column: str, turns: list[dict[str, str]]) -> None:
     (tmp_path / "chat.jsonl").write_text(json.dumps({"id": "7", column: turns}) + "\n")
-    assert list(documents(str(tmp_path / "chat.jsonl"), render=plain)) == ["user: hi | assistant: hello"]
+    parquet.write_table(pyarrow.table({"id": ["7"], column: [turns]}), tmp_path / "chat.parquet")
+    for name in ("chat.jsonl", "chat.parquet"):
+        assert list(documents(str(tmp_path / name), render=plain)) == ["user: hi | assistant: hello"]
     assert list(documents(str(tmp_path / "chat.jsonl"), text_field=column, render=plain)) == [
         "user: hi | assistant: hello"
     ]

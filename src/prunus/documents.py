@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
+import pyarrow
 import zstandard
 from huggingface_hub.utils import logging as hub_logging
+from pyarrow import parquet, types
 from transformers import PreTrainedTokenizerBase
 
 from prunus.errors import BadData
@@ -32,6 +34,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 """Names of the roles in data written for ShareGPT."""
 ROWS_LOOKED_AT = 100  # to tell which columns hold text
+PARQUET_ROWS = 1000  # read at a time
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """JSON can hold it where a text was cut; UTF-8 cannot, nor can a tokenizer."""
 
@@ -167,9 +170,12 @@ def _read_table(file: Path, text_field: str | None, render: Render | None) -> It
 
 
 def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
-    """Rows of a table. Those of JSON lines need not have the same keys, nor types, which `datasets` asks for."""
+    """Rows of a table. Those of JSON lines need not have the same keys, nor types, which `datasets` asks for; nor does
+    it know all columns that Parquet may have beside the text."""
     if _reader(file) == "json" and _has_a_row_per_line(file):
         return _json_lines(file)
+    if file.suffix.lower() == ".parquet":
+        return _parquet_rows(file)
     return datasets.load_dataset(_reader(file), data_files=[glob.escape(str(file))], split="train", streaming=True)
 
 
@@ -183,6 +189,21 @@ def _has_a_row_per_line(file: Path) -> bool:
         return first.startswith("{") and bool(json.loads(first))
     except json.JSONDecodeError:
         return False
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Of the columns that may hold text or conversations; the others with nothing in them."""
+    with parquet.ParquetFile(file) as table:
+        wanted = [field.name for field in table.schema_arrow if _may_hold_text(field.type)]
+        others = dict.fromkeys(name for name in table.schema_arrow.names if name not in wanted)
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
+            yield from (others | row for row in batch.to_pylist())
+
+
+def _may_hold_text(kind: pyarrow.DataType) -> bool:
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_list, types.is_large_list)
+    return any(test(kind) for test in tests)
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
