@@ -156,7 +156,7 @@ def show_vocabulary(result: Mapping[str, Any]) -> None:
         before, after = result[name]
         out.print(f"{name}: {before:,} → {after:,}")
     out.print(f"{result['coverage']:.2%} of the text's tokens stay; the others are spelled by smaller ones.")
-    out.print(f"Wrote {result['folder']}")
+    out.print(f"Wrote {result['folder']}", soft_wrap=True)
 
 
 def _cached(teacher: Checkpoint, blocks: Blocks, kind: str, options: Distill, to: Path) -> Cache:

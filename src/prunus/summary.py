@@ -36,7 +36,7 @@ def show(run: Run) -> None:
     if run.finished("search") and (note := run.candidates["budget"]["note"]):
         out.print(f"Note: {note}")
     last = max((stage for stage in STAGES if run.finished(stage)), key=STAGES.index)
-    out.print(f"Wrote {run.path(last)}")
+    out.print(f"Wrote {run.path(last)}", soft_wrap=True)
 
 
 def show_family(root: Path) -> None:
@@ -50,4 +50,4 @@ def show_family(root: Path) -> None:
         table.add_row(size["name"], formats.count(size["parameters"]), *quality)
     out = Console(highlight=False, markup=False)
     out.print(table)
-    out.print(f"Wrote {root / 'report.html'}")
+    out.print(f"Wrote {root / 'report.html'}", soft_wrap=True)
