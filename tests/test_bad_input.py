@@ -267,7 +267,7 @@ def test_a_gguf_that_is_not_there(refused, tmp_path):
         ("--latency", "1.5x", "latency: 1.5x is more than the model takes; pruning only removes"),
         ("--latency", "40MB", "'40MB' is not a quantity such as 40ms, nor a share"),
         ("--kv-cache", "0.001x", "the smallest legal model of this family costs"),
-        ("--memory", "1GB", "but the model has"),
+        ("--memory", "1GB", "000 bytes, but the model has"),
         ("--params", "0.7", "did you mean 0.7x"),
         ("--memory", "0", "but the model has"),
         ("--params", "some", "'some' is not a quantity such as 200k, 95M or 180MB, nor a share"),

@@ -310,6 +310,7 @@ def test_card_front_matter_is_yaml() -> None:
 
 def test_the_card_of_a_cut_student_is_its_own() -> None:
     card = model_card(before_training(full_report()))
+    assert "tokens/s" not in card
     assert "distilled" not in card.lower().replace("was not distilled", "")
     assert "| Perplexity | 19.0 | 3,120 | 88.2 | 4.64× |" in card
 

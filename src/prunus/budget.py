@@ -232,5 +232,6 @@ def _limit(kind: str, text: str, whole: int) -> Limit:
         raise BadRecipe(f"{kind}: {error}") from error
     target = round(share * whole if share is not None else parse_quantity(text, suffixes))
     if not 0 < target <= whole:
-        raise BadRecipe(f"{kind}: {text} is {target:,}, but the model has {whole:,}; pruning only removes")
+        unit = LIMITS[kind].unit
+        raise BadRecipe(f"{kind}: {text} is {target:,} {unit}, but the model has {whole:,}; pruning only removes")
     return Limit(kind, text, target)

@@ -18,7 +18,7 @@ from prunus import formats, pictures
 from prunus.architecture import AXES
 from prunus.families.family import MADE_UP
 from prunus.files import atomic_file
-from prunus.verdict import Report, cautions, compared, complete, evaluated, final_stage, grade, verdict
+from prunus.verdict import SPEEDS, Report, cautions, compared, complete, evaluated, final_stage, grade, verdict
 
 CANDIDATES_SHOWN = 12
 FIELDS: dict[str, tuple[str, Callable[[float | None], str], str]] = {
@@ -117,8 +117,11 @@ def model_card(report: Report) -> str:
 
 
 def before_training(report: Report) -> Report:
-    """The report as of the student that was cut and not trained yet, for a card of its own."""
+    """The report as of the student that was cut and not trained yet, for a card of its own. Where a later student was
+    timed, this one was not, and the teacher's speed alone says nothing."""
     models = [model for model in report["models"] if model["key"] not in ("distilled", "baseline")]
+    if len(models) < len(report["models"]):
+        models = [{key: value for key, value in model.items() if key not in SPEEDS.values()} for model in models]
     return {**report, "models": models, "training": None}
 
 
