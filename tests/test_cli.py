@@ -69,7 +69,7 @@ def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):
         as_json(invoke("plan", str(whole_model), *options, "--gpus", gpus, *machine, "--json")) for gpus in ("1", "8")
     )
     assert eight["seconds"]["distill"] == pytest.approx(one["seconds"]["distill"] / 8)
-    together = one["teacher"]["parameters"] + 3 * one["student"]["parameters"]  # as sliced, repaired, distilled
+    together = one["teacher"]["parameters"] + one["student"]["parameters"]
     assert one["evaluation_memory_bytes"] == eight["evaluation_memory_bytes"] == 2 * together
     parts = [plan["peak_memory_parts"]["masters, gradients, Adam"] for plan in (one, eight)]
     assert parts[1] == parts[0] // 8

@@ -141,20 +141,16 @@ def test_batches_and_chunks_do_not_matter(batch_blocks: int, chunk_tokens: int) 
     assert vars(found) == pytest.approx(vars(expected), rel=1e-5)
 
 
-def test_the_teacher_runs_once_for_all_students() -> None:
-    teacher, student, steps, runs = llama(0), llama(1), [], []
+def test_a_teacher_runs_once_for_all_students() -> None:
+    teacher, steps, runs = llama(0), [], []
+    expected = [evaluate.quality(model, MIXED, teacher=teacher, batch_blocks=2) for model in (teacher, llama(1))]
     teacher.model.register_forward_hook(lambda *_: runs.append(1))
-    found = evaluate.qualities(
-        {"teacher": teacher, "one": student, "two": llama(2)},
-        MIXED,
-        teacher=teacher,
-        batch_blocks=2,
-        progress=lambda done, total: steps.append((done, total)),
-    )
+    known = evaluate.states(teacher, MIXED, batch_blocks=2, progress=lambda done, total: steps.append((done, total)))
+    found = [evaluate.quality(model, MIXED, teacher=known, batch_blocks=2) for model in (known, llama(1))]
     assert len(runs) == 2, "one per batch"
     assert steps == [(2, 3), (3, 3)]
-    assert found["teacher"].kl_to_teacher == 0
-    assert found["one"] == evaluate.quality(student, MIXED, teacher=teacher, batch_blocks=2)
+    assert found == expected
+    assert found[0].kl_to_teacher == 0
 
 
 def test_logits_of_a_bf16_model_are_not_rounded_to_bf16() -> None:
@@ -191,7 +187,7 @@ def test_text_without_targets_is_refused() -> None:
 
 
 def test_another_vocabulary_is_refused() -> None:
-    with pytest.raises(BadCheckpoint, match="model: 97 tokens in the vocabulary, but the teacher has 96"):
+    with pytest.raises(BadCheckpoint, match="97 tokens in the model's vocabulary, but the teacher has 96"):
         evaluate.quality(llama(vocab_size=97), MIXED, teacher=llama())
 
 
@@ -216,8 +212,8 @@ def test_a_model_that_knows_few_positions(tokenizer: PreTrainedTokenizerFast) ->
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=40, n_embd=16, n_layer=1, n_head=2)).eval()
     assert min(vars(evaluate.speed({"model": model}, repeats=1)["model"]).values()) > 0
     model.generation_config.eos_token_id = []
-    (found,) = evaluate.samples({"model": model}, tokenizer, ["The capital of"], max_new_tokens=100)
-    assert found["continuations"]["model"]
+    (found,) = evaluate.continuations(model, tokenizer, ["The capital of"], max_new_tokens=100)
+    assert found
 
 
 def test_a_turn_of_a_slower_machine_leaves_the_ratio_of_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,15 +248,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_samples_are_greedy(build, tokenizer: PreTrainedTokenizerFast) -> None:
     model = build()
     model.generation_config.update(do_sample=True, temperature=2.0, repetition_penalty=1.5)
-    found = evaluate.samples({"model": model}, tokenizer, ["The capital of"], max_new_tokens=10)
+    (found,) = evaluate.continuations(model, tokenizer, ["The capital of"], max_new_tokens=10)
     ids = tokenizer("The capital of", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         for _ in range(10):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    text = "The capital of" + found[0]["continuations"]["model"]
-    assert found[0]["prompt"] == "The capital of"
-    assert text == tokenizer.decode(ids[0], skip_special_tokens=True)
-    assert found == evaluate.samples({"model": model}, tokenizer, ["The capital of"], max_new_tokens=10)
+    assert "The capital of" + found == tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert [found] == evaluate.continuations(model, tokenizer, ["The capital of"], max_new_tokens=10)
 
 
 def test_samples_stop_at_the_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -269,5 +263,4 @@ def test_samples_stop_at_the_end_of_text(tokenizer: PreTrainedTokenizerFast) -> 
     with torch.no_grad():
         first = int(model(ids).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [first]
-    found = evaluate.samples({"model": model}, tokenizer, ["Water"], max_new_tokens=6)
-    assert found == [{"prompt": "Water", "continuations": {"model": ""}}]
+    assert evaluate.continuations(model, tokenizer, ["Water"], max_new_tokens=6) == [""]

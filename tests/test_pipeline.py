@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prunus import hardware, recipe, results
 from prunus.checkpoint import Checkpoint, load
+from prunus.comparison import compare
 from prunus.errors import BadOutput, BadRecipe
 from prunus.evaluate import quality
 from prunus.families import family_of
@@ -47,6 +49,26 @@ def test_planned_counted_and_reported_parameters_are_one_number(run):
     assert limit["planned"] == limit["counted"] == reported["distilled"] == counted
     assert counted == pytest.approx(0.7 * reported["teacher"], rel=0.01)
     assert list(reported) == ["teacher", "cut", "repaired", "distilled", "baseline"]
+
+
+def test_one_student_at_a_time_is_compared_with_the_teacher(run, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    place = hardware.place
+
+    def counted(model, **changes):
+        alive.add(placed := place(model, **changes))
+        most.append(len(alive))
+        return placed
+
+    monkeypatch.setattr(hardware, "place", counted)
+    found = compare(run)
+    assert [len(found["models"]), max(most)] == [5, 2]
+    known = json.loads((run.root / "5-evaluation.json").read_text())
+    for again, model in zip(found["models"], known["models"], strict=True):
+        assert again["loss"] == pytest.approx(model["loss"])
+        assert again["kl_to_teacher"] == pytest.approx(model["kl_to_teacher"])
+    assert found["models"][0]["kl_to_teacher"] == 0
+    assert found["samples"] == known["samples"]
 
 
 def test_the_page_and_the_card_are_written(run):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from prunus.comparison import label
 from prunus.recipe import Prune
-from prunus.results import label
 from prunus.verdict import cautions, compared, complete, final_stage, grade, verdict
 
 

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunus import anatomy, hardware
 from prunus.errors import BadCheckpoint, BadData
-from prunus.head import head_of
+from prunus.head import Dense, Head, head_of
 from prunus.text import Blocks, targets
 
 LOGIT_BYTES = 32 * 1024**2
@@ -64,66 +63,66 @@ class Speed:
     decode_tokens_per_second: float
 
 
-class Sample(TypedDict):
-    """A prompt and each model's greedy continuation of it."""
-
-    prompt: str
-    continuations: dict[str, str]
-
-
 def quality(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Dense,
     blocks: Blocks,
     *,
-    teacher: PreTrainedModel | None = None,
+    teacher: PreTrainedModel | Dense | None = None,
     batch_blocks: int = 4,
     chunk_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
-    """`qualities` of one model."""
-    models = {"model": model}
-    return qualities(
-        models, blocks, teacher=teacher, batch_blocks=batch_blocks, chunk_tokens=chunk_tokens, progress=progress
-    )["model"]
-
-
-def qualities(
-    models: Mapping[str, PreTrainedModel],
-    blocks: Blocks,
-    *,
-    teacher: PreTrainedModel | None = None,
-    batch_blocks: int = 4,
-    chunk_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Quality]:
-    """Quality of several models over the same blocks; a module that appears twice, as the teacher may, runs once.
+    """How well a model continues the blocks.
 
     Args:
-        models: name → causal language model.
+        model: causal language model, or its `states` on the same blocks.
         blocks: held-out text, packed.
-        teacher: what kl_to_teacher and top1_agreement compare with.
+        teacher: what kl_to_teacher and top1_agreement compare with; also a model or its states.
         batch_blocks: blocks per forward pass.
         chunk_tokens: rows of float32 logits alive at once, per model; default: what fits in LOGIT_BYTES.
         progress: called with (blocks done, blocks in all) after each batch.
     Raises:
-        BadCheckpoint: a model's vocabulary has another size than the teacher's.
+        BadCheckpoint: the model's vocabulary has another size than the teacher's.
         BadData: no token of the blocks continues a document.
     """
-    if teacher is not None:
-        _check_same_vocabulary(models, teacher)
-    distinct = {id(model): model for model in [*models.values(), *([] if teacher is None else [teacher])]}
-    chunk_tokens = chunk_tokens or _fitting_chunk(distinct.values())
-    sums, num_tokens = {name: torch.zeros(3, dtype=torch.float64) for name in models}, 0
-    with evaluation_mode(distinct.values()), torch.inference_mode():
-        for target_N, log_p_NV in _log_probabilities(distinct, blocks, batch_blocks, chunk_tokens, progress):
-            teacher_NV = None if teacher is None else log_p_NV[id(teacher)]
-            for name, model in models.items():
-                sums[name] += _chunk_sums(log_p_NV[id(model)], target_N, teacher_NV)
+    compared = [model] if teacher is None else [model, teacher]
+    heads = [each.head if isinstance(each, Dense) else head_of(each) for each in compared]
+    _check_same_vocabulary(*heads)
+    chunk_tokens = chunk_tokens or max(1, LOGIT_BYTES // (4 * heads[0].weight_VD.shape[0]))
+    sums, num_tokens = torch.zeros(3, dtype=torch.float64), 0
+    with evaluation_mode([each for each in compared if not isinstance(each, Dense)]), torch.inference_mode():
+        walks = [_walk(each, blocks, batch_blocks) for each in compared]
+        for number, (target_N, *hidden_NH) in enumerate(zip(_targets(blocks, batch_blocks), *walks, strict=True), 1):
+            for at in range(0, len(target_N), chunk_tokens):
+                rows = slice(at, at + chunk_tokens)
+                log_p_NV = [_log_probabilities(*each, rows) for each in zip(heads, hidden_NH, strict=True)]
+                sums += _chunk_sums(target_N[rows], *log_p_NV)
             num_tokens += len(target_N)
+            if progress:
+                progress(min(number * batch_blocks, len(blocks)), len(blocks))
     if num_tokens == 0:
         raise BadData("evaluation: no token continues a document, so there is nothing to predict; give longer texts")
-    num_bytes = _bytes_of_targets(blocks, num_tokens)
-    return {name: _quality(total, num_tokens, num_bytes, compared=teacher is not None) for name, total in sums.items()}
+    return _quality(sums, num_tokens, _bytes_of_targets(blocks, num_tokens), compared=teacher is not None)
+
+
+def states(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    *,
+    batch_blocks: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dense:
+    """What `quality` needs of a model on these blocks, so that one which many are compared with runs once.
+
+    In the CPU's memory: N · H values in the model's dtype. The head stays where it is.
+    """
+    found: list[Tensor] = []
+    with evaluation_mode([model]), torch.inference_mode():
+        for hidden_NH in _walk(model, blocks, batch_blocks):
+            found.append(hidden_NH.cpu())
+            if progress:
+                progress(min(len(found) * batch_blocks, len(blocks)), len(blocks))
+    return Dense(torch.cat(found), head_of(model))
 
 
 def speed(
@@ -168,24 +167,16 @@ def _typical(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     }
 
 
-def samples(
-    models: Mapping[str, PreTrainedModel],
+def continuations(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str] = PROMPTS,
     *,
     max_new_tokens: int = 40,
-) -> list[Sample]:
-    """Greedy continuations, without the sampling settings that a checkpoint's generation config may hold."""
-    with evaluation_mode(models.values()), torch.inference_mode():
-        return [
-            {
-                "prompt": prompt,
-                "continuations": {
-                    name: _continuation(model, tokenizer, prompt, max_new_tokens) for name, model in models.items()
-                },
-            }
-            for prompt in prompts
-        ]
+) -> list[str]:
+    """Greedy ones, without the sampling settings that a checkpoint's generation config may hold."""
+    with evaluation_mode([model]), torch.inference_mode():
+        return [_continuation(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
 
 
 @contextlib.contextmanager
@@ -201,35 +192,27 @@ def evaluation_mode(models: Iterable[PreTrainedModel]) -> Iterator[None]:
             model.train(training)
 
 
-def _log_probabilities(
-    models: Mapping[int, PreTrainedModel],
-    blocks: Blocks,
-    batch_blocks: int,
-    chunk_tokens: int,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """For each chunk of targets: their tokens [N], and of each model float32 log-probabilities [N, V]."""
+def _batches(blocks: Blocks, batch_blocks: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens, positions, and where there is a target, each [B, S]."""
     for start in range(0, len(blocks), batch_blocks):
-        stop = min(start + batch_blocks, len(blocks))
-        tokens_BS, positions_BS = blocks.batch(range(start, stop))
-        mask_BS = targets(tokens_BS, positions_BS)
-        target_N = tokens_BS.roll(-1, dims=1)[mask_BS]
-        hidden_NH = {key: _hidden(model, tokens_BS, positions_BS, mask_BS) for key, model in models.items()}
-        for at in range(0, len(target_N), chunk_tokens):
-            rows = slice(at, at + chunk_tokens)
-            yield (
-                target_N[rows],
-                {key: head_of(model).logits(hidden_NH[key][rows]).log_softmax(-1) for key, model in models.items()},
-            )
-        if progress:
-            progress(stop, len(blocks))
+        tokens_BS, positions_BS = blocks.batch(range(start, min(start + batch_blocks, len(blocks))))
+        yield tokens_BS, positions_BS, targets(tokens_BS, positions_BS)
+
+
+def _targets(blocks: Blocks, batch_blocks: int) -> Iterator[Tensor]:
+    """The tokens that are to be predicted, [N] of each batch."""
+    return (tokens_BS.roll(-1, dims=1)[mask_BS] for tokens_BS, _, mask_BS in _batches(blocks, batch_blocks))
+
+
+def _walk(model: PreTrainedModel | Dense, blocks: Blocks, batch_blocks: int) -> Iterator[Tensor]:
+    """The head's input where there is a target, [N, H] of each batch in the model's dtype."""
+    if isinstance(model, Dense):
+        return iter(model.hidden_NE.split([len(target_N) for target_N in _targets(blocks, batch_blocks)]))
+    return (_hidden(model, *batch) for batch in _batches(blocks, batch_blocks))
 
 
 def _hidden(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """The head's input where there is a target, [N, H] in the model's dtype.
-
-    Without an attention mask, transformers reads the documents' borders from the positions and keeps them apart.
-    """
+    """Without an attention mask, transformers reads the documents' borders from the positions and keeps them apart."""
     device = model.device
     body = anatomy.body_of(model)(
         input_ids=tokens_BS.to(device), position_ids=positions_BS.to(device), attention_mask=None, use_cache=False
@@ -237,11 +220,12 @@ def _hidden(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor, mas
     return body.last_hidden_state[mask_BS.to(device)]
 
 
-def _fitting_chunk(models: Iterable[PreTrainedModel]) -> int:
-    return max(1, LOGIT_BYTES // (4 * max(head_of(model).weight_VD.shape[0] for model in models)))
+def _log_probabilities(head: Head, hidden_NH: Tensor, rows: slice) -> Tensor:
+    """float32 [rows, V]."""
+    return head.logits(hidden_NH[rows].to(head.weight_VD.device)).log_softmax(-1)
 
 
-def _chunk_sums(log_p_NV: Tensor, target_N: Tensor, teacher_NV: Tensor | None) -> Tensor:
+def _chunk_sums(target_N: Tensor, log_p_NV: Tensor, teacher_NV: Tensor | None = None) -> Tensor:
     """float64 [3]: Σ −log p(target), Σ KL(teacher ‖ model), number of equal preferences (0, 0 without a teacher)."""
     nll = -log_p_NV.gather(1, target_N.to(log_p_NV.device)[:, None]).sum(dtype=torch.float64).item()
     kl = agreements = 0.0
@@ -271,15 +255,13 @@ def _quality(sums: Tensor, num_tokens: int, num_bytes: float, *, compared: bool)
     )
 
 
-def _check_same_vocabulary(models: Mapping[str, PreTrainedModel], teacher: PreTrainedModel) -> None:
-    expected = head_of(teacher).weight_VD.shape[0]
-    for name, model in models.items():
-        size = head_of(model).weight_VD.shape[0]
-        if size != expected:
-            raise BadCheckpoint(
-                f"{name}: {size} tokens in the vocabulary, but the teacher has {expected}; a divergence compares two "
-                "distributions over the same tokens. Evaluate this model without a teacher."
-            )
+def _check_same_vocabulary(head: Head, teacher: Head | None = None) -> None:
+    size, expected = (len(each.weight_VD) for each in (head, teacher or head))
+    if size != expected:
+        raise BadCheckpoint(
+            f"{size} tokens in the model's vocabulary, but the teacher has {expected}; a divergence compares two "
+            "distributions over the same tokens. Evaluate this model without a teacher."
+        )
 
 
 def _prefill_and_decode_seconds(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:

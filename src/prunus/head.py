@@ -61,7 +61,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """The teacher's whole distribution: its states after the last norm, [N, E], and its head."""
+    """A whole distribution, as a teacher's: the states after the last norm, [N, E], and the head."""
 
     hidden_NE: Tensor
     head: Head

@@ -27,6 +27,7 @@ from prunus import (
 from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.claims import claim, claim_family
+from prunus.comparison import compare
 from prunus.distill import Progress, distill
 from prunus.documents import HUB_ID, chat_template, shuffled
 from prunus.errors import BadOutput, BadRecipe
@@ -373,8 +374,7 @@ def _show_step(step: Callable[..., None], track: Track, at: Progress) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    """Teacher, cut, repaired, distilled and baseline on held-out text; tasks, speed and samples."""
-    write_json(run.path("evaluate"), results.evaluate(run))
+    write_json(run.path("evaluate"), compare(run))
 
 
 def _report(run: Run) -> None:

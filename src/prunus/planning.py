@@ -253,11 +253,11 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
 def _evaluation_memory(
     recipe: Recipe, first: Checkpoint, teacher: Checkpoint, target: Architecture, machine: Machine
 ) -> int:
-    """Bytes of the teacher and of every student that the table compares, all at once on one GPU (or CPU)."""
+    """Bytes of the teacher and one student, on one GPU or on the CPU, where the teacher's states lie in any case."""
     if STAGES.index("evaluate") > STAGES.index(recipe.stop_after):
         return 0
-    students = 2 + (recipe.prune.repair or recipe.prune.norm_correction) + recipe.baseline
-    return machine.dtype.itemsize * (teacher.parameters + students * _parameters(first, target))
+    states = recipe.data.heldout_tokens * teacher.architecture.hidden if machine.device == "cpu" else 0
+    return machine.dtype.itemsize * (teacher.parameters + _parameters(first, target) + states)
 
 
 def _seconds(

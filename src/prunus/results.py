@@ -1,4 +1,4 @@
-"""What a run found, as plain data: the contents of 2-candidates.json, 5-evaluation.json and 5-report.json."""
+"""What a run found, as plain data: the contents of 2-candidates.json and 5-report.json."""
 
 from __future__ import annotations
 
@@ -11,31 +11,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 import prunus
-from prunus import console, cost, hardware
+from prunus import cost
 from prunus.architecture import Architecture
 from prunus.budget import CONTEXT, LIMITS, Budget, Costs, costs_of
 from prunus.checkpoint import Checkpoint
 from prunus.distill import TRAINING_FILE
-from prunus.evaluate import PROMPTS, Quality, qualities, samples, speed
-from prunus.prune import KEPT_FILE, build, cut
-from prunus.recipe import Prune
+from prunus.evaluate import Quality
+from prunus.prune import KEPT_FILE
 from prunus.run import BASELINE, LARGER, Run, read_json
 from prunus.scores import Scores
 from prunus.search import Candidate, Search
 from prunus.selection import ranked_layers
-from prunus.tasks import from_recipe, run_tasks
 from prunus.text import Blocks
 
-LABELS = {
-    "teacher": "Teacher",
-    "cut": "Cut, as sliced",
-    "repaired": "Cut and repaired",
-    "distilled": "Distilled",
-    "baseline": "Same shape from random init",
-}
 NOT_LOADED = (
     "{program}'s own code for {type} takes hidden for heads × head_dim, and does not load this student. transformers "
     "does, and vLLM with --model-impl transformers. A search proposes only what all load, unless search.portable is "
@@ -125,62 +115,6 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
         "trained": None if candidate.trained is None else asdict(candidate.trained),
         "chosen": chosen,
     }
-
-
-def evaluate(run: Run) -> dict[str, Any]:
-    """5-evaluation.json: every model that the run made, on held-out text that nothing was chosen by."""
-    options = run.recipe.evaluate
-    models, sizes = _models(run)
-    with console.bar("held-out text", unit="blocks") as step:
-        measured = qualities(models, run.test, teacher=models["teacher"], progress=step)
-    student = "distilled" if "distilled" in models else "repaired"
-    compared = {key: model for key, model in models.items() if key != "cut"}
-    ends = {key: model for key, model in compared.items() if key != "repaired" or student == "repaired"}
-    speeds = speed({key: models[key] for key in ("teacher", student)}) if options.speed else {}
-    tokenizer = run.teacher.tokenizer()
-    tasks = [from_recipe(task) for task in options.tasks]
-    scored = (
-        {key: run_tasks(model, tokenizer, tasks, limit=options.limit) for key, model in ends.items()} if tasks else {}
-    )
-    return {
-        "tokens": run.test.num_tokens,
-        "models": [
-            {
-                "key": key,
-                "label": label(key, run.recipe.prune),
-                "parameters": sizes[key][0],
-                "bytes": sizes[key][1],
-                **asdict(measured[key]),
-                **(asdict(speeds[key]) if key in speeds else {}),
-                "tasks": scored.get(key, {}),
-            }
-            for key in models
-        ],
-        "samples": samples(compared, tokenizer, tuple(options.prompts or PROMPTS)),
-    }
-
-
-def label(key: str, options: Prune) -> str:
-    """What a model is called. Where nothing was to be repaired, the student is what the cut alone made."""
-    if key == "repaired" and not options.repair:
-        return "Cut, norms corrected" if options.norm_correction else "Cut"
-    return LABELS[key]
-
-
-def _models(run: Run) -> tuple[dict[str, PreTrainedModel], dict[str, tuple[int, int]]]:
-    """Modules in the order of the table, and (parameters, bytes) of each."""
-    dtype, device = hardware.compute_dtype(), hardware.device()
-    checkpoints = {"teacher": run.teacher, "repaired": run.pruned}
-    if run.finished("distill"):
-        checkpoints["distilled"] = run.distilled
-    if run.baseline is not None:
-        checkpoints["baseline"] = run.baseline
-    models = {key: checkpoint.module(dtype, device) for key, checkpoint in checkpoints.items()}
-    sizes = {key: (checkpoint.parameters, checkpoint.bytes) for key, checkpoint in checkpoints.items()}
-    if run.recipe.prune.repair or run.recipe.prune.norm_correction:
-        plain = cut(run.parent, run.scores, run.pruned.architecture, norm_correction=False)
-        models["cut"], sizes["cut"] = hardware.place(build(plain, dtype), device=device), sizes["repaired"]
-    return {key: models[key] for key in LABELS if key in models}, sizes
 
 
 def collect(run: Run) -> dict[str, Any]:
