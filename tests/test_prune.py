@@ -89,7 +89,7 @@ def logits(model: torch.nn.Module, blocks: "object") -> Tensor:
     return torch.cat([read(model, blocks), *looked])
 
 
-def masked(teacher: Checkpoint, kept: Kept, target: Architecture, folder: Path) -> Checkpoint:
+def masked(teacher: Checkpoint, kept: Kept, target: Architecture) -> Checkpoint:
     """The teacher at full size, with everything that is not kept set to zero in every weight, and dropped experts out
     of reach of the router."""
     tensors = {}
@@ -114,11 +114,16 @@ def masked(teacher: Checkpoint, kept: Kept, target: Architecture, folder: Path) 
             tensors[name] += UNREACHABLE * (1 - stays)
         if teacher.family.centred:
             _centre(tensors[name], teacher, name, torch.tensor(kept.hidden))
-    config = copy.deepcopy(teacher.config)
+    config, sizes = copy.deepcopy(teacher.config), teacher.architecture
     if "top_k" in target:
         setattr(teacher.family.text(config), teacher.family.fields["top_k"], target.top_k)
-    written = save(folder, config, tensors, like=teacher)
-    same = {field.name: getattr(written, field.name) for field in dataclasses.fields(written)}
+        sizes = sizes.replace(top_k=target.top_k)
+    same = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(teacher)}
+    same |= {
+        "config": config,
+        "architecture": sizes,
+        "stored": {name: InMemory(tensor) for name, tensor in tensors.items()},
+    }
     return MaskedTeacher(**same, routers=kept.inner.get("experts", []), layers=kept.layers)
 
 
@@ -126,8 +131,19 @@ UNREACHABLE = -1e4
 
 
 @dataclasses.dataclass(frozen=True)
+class InMemory:
+    """In place of `storage.Stored`."""
+
+    tensor: Tensor
+    places: tuple[()] = ()
+
+    def parts(self) -> weights.Parts:
+        return weights.of(self.tensor)
+
+
+@dataclasses.dataclass(frozen=True)
 class MaskedTeacher(Checkpoint):
-    """Its routers never choose a dropped expert.
+    """In memory alone; its routers never choose a dropped expert.
 
     Attributes:
         routers: of each kept layer the experts that stay.
@@ -136,8 +152,11 @@ class MaskedTeacher(Checkpoint):
     routers: list[list[int]] = dataclasses.field(default_factory=list)
     layers: list[int] = dataclasses.field(default_factory=list)
 
-    def module(self, *args: object, **kwargs: object) -> torch.nn.Module:
-        model = super().module(*args, **kwargs)
+    def module(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> torch.nn.Module:
+        model = self.skeleton(dtype)
+        model.load_state_dict({name: stored.tensor for name, stored in self.stored.items()}, strict=False, assign=True)
+        model.tie_weights()
+        model = hardware.place(model, device=device)
         for number, experts in zip(self.layers, self.routers, strict=False):
             layer = layers_of(model)[number]
             for branch in branches_of(layer, self.family):
@@ -189,7 +208,7 @@ def cut_and_reload(teacher: Checkpoint, target: Architecture, blocks: "object", 
     """The student as transformers loads it, after it was seen to compute what the masked teacher computes."""
     scores = scored(teacher, blocks)
     kept = select(scores, teacher.architecture, target)
-    masked_teacher = masked(teacher, kept, target, folder / "masked")
+    masked_teacher = masked(teacher, kept, target)
     # The masked model is measured itself: its dropped channels hold no energy, which the norm correction must see.
     model = masked_teacher.module()
     found = measure(masked_teacher, blocks, source=in_memory(model), grams=False)

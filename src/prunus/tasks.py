@@ -191,7 +191,7 @@ def check_all(tasks: Sequence[str | LocalTask]) -> None:
         if isinstance(task, LocalTask):
             check(task)
     with _quiet():
-        _manager(tuple(task for task in tasks if isinstance(task, str)))
+        _manager([task for task in tasks if isinstance(task, str)])
 
 
 def error_rate(
@@ -217,7 +217,7 @@ def _run(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager(tuple(task for task in tasks if isinstance(task, str)))
+    manager = _manager([task for task in tasks if isinstance(task, str)])
     local = {task: _harness_task(task, cache) for task in tasks if isinstance(task, LocalTask)}
     # a copy of the tokenizer, because lm-eval gives it a padding token; float32, because bfloat16 rounds log p to 1/16
     adapter = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
@@ -280,18 +280,23 @@ def _check_names(tasks: Sequence[str | LocalTask]) -> None:
         raise BadRecipe(f"tasks: {', '.join(twice)} given twice; the results are told apart by name")
 
 
-@functools.cache
-def _manager(names: tuple[str, ...]) -> TaskManager:
-    """lm-eval's index of tasks; reading it takes ten seconds, so it is left empty when no name is asked for."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=bool(names))
+def _manager(names: Sequence[str]) -> TaskManager:
+    """lm-eval's tasks, which know these names; none of its own where no name is asked for."""
+    manager = _index(bool(names))
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
         raise BadRecipe(
             "\n".join(f"lm-eval knows no task {name!r}{_suggestion(name, manager.all_tasks)}" for name in unknown)
         )
     return manager
+
+
+@functools.cache
+def _index(own: bool) -> TaskManager:
+    """Reading lm-eval's own tasks takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=own)
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:

@@ -124,6 +124,13 @@ def names(file: Path) -> list[str]:
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
     """What a safetensors file says of its tensors, and where their values begin."""
+    state = file.stat()
+    return _read_header(file, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_header(file: Path, *_: int) -> tuple[dict[str, Any], int]:
+    """Once for as long as the file stays the same: every tensor asks for it, and it may list thousands of experts."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return json.loads(stream.read(length)), 8 + length

@@ -3,6 +3,7 @@ of any family, `around` makes the data from the decoder's."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -25,9 +26,12 @@ AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig)
 AutoModelForCausalLM.register(DeciLMConfig, DeciLMForCausalLM)
 
 
-def known_families() -> list[str]:
+@functools.cache
+def known_families() -> tuple[str, ...]:
     names = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(OF_OTHER_NAME.get(name, name) for name in names if not name.startswith("_") and name != "family")
+    return tuple(
+        sorted(OF_OTHER_NAME.get(name, name) for name in names if not name.startswith("_") and name != "family")
+    )
 
 
 def may_be_known(model_type: str) -> bool:
