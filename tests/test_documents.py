@@ -27,11 +27,11 @@ UNICODE = ["naïve café, 12 €", "日本語のテキスト。", "emoji 😀 an
 def write_jsonl(file: Path, docs: list[str], column: str = "text", **more: object) -> Path:
     lines = "".join(json.dumps({column: document, **more}) + "\n" for document in docs).encode()
     compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
-    file.write_bytes(compress.get(file.suffix, bytes)(lines))
+    file.write_bytes(compress.get(file.suffix.lower(), bytes)(lines))
     return file
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "[odd] *name?.jsonl"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "A.JSONL.GZ", "a.json", "[odd] *name?.jsonl"])
 def test_json_lines(tmp_path: Path, name: str) -> None:
     file = write_jsonl(tmp_path / name, UNICODE)
     assert list(documents(str(file))) == UNICODE

@@ -100,7 +100,7 @@ def shuffled(docs: Iterable[str], *, seed: int, buffer: int = 10_000) -> Iterato
 
 
 def _reader(file: Path) -> str | None:
-    name = Path(file.stem) if file.suffix in OPENERS else file
+    name = Path(file.stem) if file.suffix.lower() in OPENERS else file
     return READERS.get(name.suffix.lower())
 
 
@@ -134,7 +134,7 @@ def _read(file: Path, text_field: str | None, render: Render | None) -> Iterator
 
 
 def _open(file: Path) -> TextIO:
-    return OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8-sig")
+    return OPENERS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig")
 
 
 def _read_text(file: Path) -> Iterator[str]:
@@ -183,7 +183,7 @@ def _has_a_row_per_line(file: Path) -> bool:
     """Other files hold one array of all rows, or one object on several lines."""
     with _open(file) as stream:
         first = next(filter(str.strip, stream), "").lstrip()
-    if ".jsonl" in file.suffixes:
+    if ".jsonl" in file.name.lower():
         return not first.startswith("[")
     try:
         return first.startswith("{") and bool(json.loads(first))
