@@ -568,10 +568,18 @@ def test_several_sizes_that_cannot_begin_leave_nothing(invoke, whole_model, tmp_
 
 
 def test_a_start_of_another_vocabulary(invoke, whole_model, corpus, refused, tmp_path_factory):
-    cut = tmp_path_factory.mktemp("cut") / "model"
+    cut, out = (tmp_path_factory.mktemp("cut") / name for name in ("model", "out"))
     result = invoke("vocabulary", str(whole_model), "--size", "60", "--data", str(corpus), "--to", str(cut))
     assert result.exit_code == 0, result.stderr
-    assert "start and model have vocabularies of 60 and 97" in refused(whole_model, "--set", f"start={cut}")
+    for message in (
+        refused(whole_model, "--set", f"start={cut}"),
+        only_message(invoke("evaluate", str(cut), "--data", str(corpus), "--teacher", str(whole_model))),
+        only_message(
+            invoke("distill", str(cut), "--teacher", str(whole_model), "--data", str(corpus), "--to", str(out))
+        ),
+    ):
+        assert "ids stand for the same token in both; a student needs its teacher's tokenizer" in message
+    assert not out.exists()
 
 
 def test_a_changed_teacher(invoke, started, model, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_tokenizer, make_text, small_flags
+from conftest import SIZES, add_tokenizer, make_text, small_flags, tiny_model
 from test_recipe import RECIPES
 from transformers import AutoModelForCausalLM
 
@@ -234,6 +234,23 @@ def test_distill_any_model(invoke, whole_model, run_folder, long_text, tmp_path)
     lacking = invoke("distill", student, "--data", str(long_text))
     assert lacking.exit_code == 2
     assert "distill needs --teacher, --to" in lacking.stderr
+
+
+def test_distill_from_a_teacher_with_other_padding(invoke, whole_model, long_text, tmp_path):
+    """As Qwen2.5's: 151,936 rows below 3B parameters, 152,064 above."""
+    teacher = tiny_model("llama", tmp_path / "teacher", vocab_size=SIZES["vocab_size"] + 31)
+    add_tokenizer(teacher.folder)
+    options, to = ["--data", str(long_text), "--tokens", "1024", "--teacher", str(teacher.folder)], tmp_path / "out"
+    by_ids = invoke("distill", str(whole_model), *options, "--to", str(to), "--set", "distill.teacher_cache=samples")
+    assert by_ids.exit_code == 2
+    assert "such an id could be missing in one" in by_ids.stderr
+    done(invoke("distill", str(whole_model), *options, "--to", str(to)))
+    distances = [
+        as_json(invoke("evaluate", str(model), *options, "--set", "speed=false", "--json"))["kl_to_teacher"]
+        for model in (whole_model, to)
+    ]
+    assert distances[1] < distances[0]
+    assert AutoModelForCausalLM.from_pretrained(to).config.vocab_size == SIZES["vocab_size"]
 
 
 def test_evaluate_any_model(invoke, whole_model, run_folder, long_text):

@@ -187,8 +187,19 @@ def test_text_without_targets_is_refused() -> None:
 
 
 def test_another_vocabulary_is_refused() -> None:
-    with pytest.raises(BadCheckpoint, match="97 tokens in the model's vocabulary, but the teacher has 96"):
-        evaluate.quality(llama(vocab_size=97), MIXED, teacher=llama())
+    with pytest.raises(BadCheckpoint, match="the student's head has 1,200 tokens, the teacher's 96"):
+        evaluate.quality(llama(vocab_size=1200), MIXED, teacher=llama())
+
+
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(VOCAB, VOCAB + 7), (VOCAB + 7, VOCAB)])
+@torch.no_grad()
+def test_padded_differently_they_are_compared_over_the_ids_that_both_have(student_rows: int, teacher_rows: int) -> None:
+    student, teacher = llama(1, vocab_size=student_rows), llama(2, vocab_size=teacher_rows)
+    found = evaluate.quality(student, MIXED, teacher=teacher)
+    q, p = (by_hand(model, MIXED)[:, :VOCAB].log_softmax(-1) for model in (student, teacher))
+    assert found.kl_to_teacher == pytest.approx(F.kl_div(q, p, log_target=True, reduction="batchmean").item(), rel=1e-4)
+    assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert found.loss == evaluate.quality(student, MIXED).loss
 
 
 def test_speed_takes_turns() -> None:

@@ -21,7 +21,7 @@ LAYERS = """
     cost files frozen layerwise parallel
     sensitivity elimination packing experts weights storage checks shards hub checkpoint source documents text scores
     weight_norms measure depth importance selection repair refit
-    row_blocks fused memory prune pieces vocabulary evaluate tasks
+    row_blocks fused memory prune pieces vocabulary shared_tokens evaluate tasks
     schedule masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
     console mistakes recipe sides rounds run claims goal sizes comparison results summary

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunus import anatomy, hardware
-from prunus.errors import BadCheckpoint, BadData
+from prunus.errors import BadData
 from prunus.head import Dense, Head, head_of
+from prunus.shared_tokens import shared_rows
 from prunus.text import Blocks, targets
 
 LOGIT_BYTES = 32 * 1024**2
@@ -82,12 +83,12 @@ def quality(
         chunk_tokens: rows of float32 logits alive at once, per model; default: what fits in LOGIT_BYTES.
         progress: called with (blocks done, blocks in all) after each batch.
     Raises:
-        BadCheckpoint: the model's vocabulary has another size than the teacher's.
+        BadCheckpoint: the model's vocabulary is not the teacher's, whose padding alone may have another size.
         BadData: no token of the blocks continues a document.
     """
     compared = [model] if teacher is None else [model, teacher]
     heads = [each.head if isinstance(each, Dense) else head_of(each) for each in compared]
-    _check_same_vocabulary(*heads)
+    shared = shared_rows(*(len(each.weight_VD) for each in (heads[0], heads[-1])))
     chunk_tokens = chunk_tokens or max(1, LOGIT_BYTES // (4 * heads[0].weight_VD.shape[0]))
     sums, num_tokens = torch.zeros(3, dtype=torch.float64), 0
     with evaluation_mode([each for each in compared if not isinstance(each, Dense)]), torch.inference_mode():
@@ -96,7 +97,7 @@ def quality(
             for at in range(0, len(target_N), chunk_tokens):
                 rows = slice(at, at + chunk_tokens)
                 log_p_NV = [_log_probabilities(*each, rows) for each in zip(heads, hidden_NH, strict=True)]
-                sums += _chunk_sums(target_N[rows], *log_p_NV)
+                sums += _chunk_sums(target_N[rows], shared, *log_p_NV)
             num_tokens += len(target_N)
             if progress:
                 progress(min(number * batch_blocks, len(blocks)), len(blocks))
@@ -225,15 +226,21 @@ def _log_probabilities(head: Head, hidden_NH: Tensor, rows: slice) -> Tensor:
     return head.logits(hidden_NH[rows].to(head.weight_VD.device)).log_softmax(-1)
 
 
-def _chunk_sums(target_N: Tensor, log_p_NV: Tensor, teacher_NV: Tensor | None = None) -> Tensor:
-    """float64 [3]: Σ −log p(target), Σ KL(teacher ‖ model), number of equal preferences (0, 0 without a teacher)."""
+def _chunk_sums(target_N: Tensor, shared: int, log_p_NV: Tensor, teacher_NV: Tensor | None = None) -> Tensor:
+    """float64 [3]: Σ −log p(target), and over the ids that both have Σ KL(teacher ‖ model) and the number of equal
+    preferences (0, 0 without a teacher)."""
     nll = -log_p_NV.gather(1, target_N.to(log_p_NV.device)[:, None]).sum(dtype=torch.float64).item()
     kl = agreements = 0.0
     if teacher_NV is not None:
-        teacher_NV = teacher_NV.to(log_p_NV.device)
+        teacher_NV, log_p_NV = _over(shared, teacher_NV.to(log_p_NV.device)), _over(shared, log_p_NV)
         kl = torch.linalg.vecdot(teacher_NV.exp(), teacher_NV - log_p_NV).sum(dtype=torch.float64).item()
         agreements = (teacher_NV.argmax(-1) == log_p_NV.argmax(-1)).sum().item()
     return torch.tensor([nll, kl, agreements], dtype=torch.float64)
+
+
+def _over(shared: int, log_p_NV: Tensor) -> Tensor:
+    """The same distribution over the first ids alone."""
+    return log_p_NV if log_p_NV.shape[1] == shared else log_p_NV[:, :shared].log_softmax(-1)
 
 
 def _bytes_of_targets(blocks: Blocks, num_targets: int) -> float:
@@ -253,15 +260,6 @@ def _quality(sums: Tensor, num_tokens: int, num_bytes: float, *, compared: bool)
         top1_agreement=agreements / num_tokens if compared else None,
         num_tokens=num_tokens,
     )
-
-
-def _check_same_vocabulary(head: Head, teacher: Head | None = None) -> None:
-    size, expected = (len(each.weight_VD) for each in (head, teacher or head))
-    if size != expected:
-        raise BadCheckpoint(
-            f"{size} tokens in the model's vocabulary, but the teacher has {expected}; a divergence compares two "
-            "distributions over the same tokens. Evaluate this model without a teacher."
-        )
 
 
 def _prefill_and_decode_seconds(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:

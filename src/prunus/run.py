@@ -23,12 +23,13 @@ from typing import Any
 from prunus import console
 from prunus import recipe as recipes
 from prunus.checkpoint import Checkpoint, load, verify_weights
-from prunus.errors import BadCheckpoint, BadOutput
+from prunus.errors import BadOutput
 from prunus.files import atomic_file
 from prunus.measure import Statistics, load_statistics
 from prunus.recipe import Recipe
 from prunus.rounds import Rounds, recipe_of_larger, rounds
 from prunus.scores import Scores, load_scores
+from prunus.shared_tokens import check_same_tokens
 from prunus.text import Blocks, load_blocks, order
 
 TEXT = "0-text"
@@ -85,9 +86,7 @@ class Run:
             return self.teacher
         student = load(self.recipe.start)
         verify_weights(student)
-        if student.architecture.vocab != self.teacher.architecture.vocab:
-            sizes = f"{student.architecture.vocab} and {self.teacher.architecture.vocab}"
-            raise BadCheckpoint(f"start and model have vocabularies of {sizes}; a student needs its teacher's tokens")
+        check_same_tokens(student, self.teacher)
         return student
 
     @functools.cached_property

@@ -19,10 +19,11 @@ from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import Progress
 from prunus.distill import distill as train
 from prunus.documents import chat_template, documents, shuffled
-from prunus.errors import BadCheckpoint, BadOutput, BadRecipe
+from prunus.errors import BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
 from prunus.recipe import Distill, Evaluate, parse_section
 from prunus.schedule import Settings
+from prunus.shared_tokens import check_ids, check_same_tokens
 from prunus.tasks import from_recipe, run_tasks
 from prunus.teacher import Cache, describe, open_cache, write_cache
 from prunus.text import Blocks, tokenise
@@ -57,13 +58,12 @@ def distill(
     if options.evaluate_every and heldout is None:
         raise BadRecipe("evaluate_every measures on held-out text; give some with --heldout")
     learner, source = _opened(student), _opened(teacher)
-    if learner.architecture.vocab != source.architecture.vocab:
-        sizes = f"{learner.architecture.vocab} and {source.architecture.vocab}"
-        raise BadCheckpoint(f"student and teacher have vocabularies of {sizes}; distillation needs the same tokens")
+    _check_tokens(learner, source, options)
     training = Settings(**options.hyperparameters())
     pairs = hidden.pairs(learner, source, count=training.hidden_layers) if training.hidden_loss else None
     with tempfile.TemporaryDirectory() as folder:
         blocks = _blocks(data, source, options.tokens, Path(folder))
+        check_ids(blocks, learner, source)
         validation = _blocks(heldout, source, HELDOUT_TOKENS, Path(folder) / "heldout") if heldout else None
         kind = options.teacher_cache
         kept = source if kind is None else _cached(source, blocks, kind, options, to)
@@ -87,6 +87,20 @@ def distill(
                 progress=show,
             )
     return written.folder
+
+
+def _check_tokens(student: Checkpoint, teacher: Checkpoint, options: Distill) -> None:
+    """Refuse a pair of other tokens, and of embeddings of other lengths what needs an id of one in the other."""
+    check_same_tokens(student, teacher)
+    rows = [each.architecture.vocab for each in (student, teacher)]
+    by_ids = [f"teacher_cache={options.teacher_cache}"] if options.teacher_cache in ("samples", "top_k") else []
+    by_ids += ["on_policy_share"] if options.on_policy_share else []
+    if rows[0] != rows[1] and by_ids:
+        raise BadRecipe(
+            f"{' and '.join(by_ids)}: the embeddings of student and teacher have {rows[0]:,} and {rows[1]:,} rows, and "
+            "such an id could be missing in one. The teacher itself, or a cache of its hidden states, is compared over "
+            "the ids that both have."
+        )
 
 
 def trim_vocabulary(
@@ -187,14 +201,17 @@ def evaluate(
         raise BadRecipe("prompts: sample texts are part of a run's report; a model alone is only measured")
     if teacher is not None and data is None:
         raise BadRecipe("--teacher: models are compared on text; give some with --data")
-    checkpoint = _opened(model)
+    checkpoint, compared = _opened(model), _opened(teacher) if teacher else None
+    if compared:
+        check_same_tokens(checkpoint, compared)
     dtype, device = hardware.compute_dtype(), hardware.device()
     module = checkpoint.module(dtype, device)
     result: dict[str, Any] = {"model": model, "parameters": checkpoint.parameters, "bytes": checkpoint.bytes}
     if data is not None:
-        reference = _opened(teacher).module(dtype, device) if teacher else None
         with tempfile.TemporaryDirectory() as folder, console.bar("text", unit="blocks") as step:
             blocks = _blocks(data, checkpoint, num_tokens, Path(folder))
+            check_ids(blocks, *filter(None, [checkpoint, compared]))
+            reference = compared.module(dtype, device) if compared else None
             result |= asdict(quality(module, blocks, teacher=reference, progress=step))
     if options.speed:
         result |= asdict(speed({"model": module})["model"])
