@@ -73,6 +73,8 @@ def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):
     assert one["evaluation_memory_bytes"] == eight["evaluation_memory_bytes"] == 2 * together
     parts = [plan["peak_memory_parts"]["masters, gradients, Adam"] for plan in (one, eight)]
     assert parts[1] == parts[0] // 8
+    cached = invoke("plan", str(whole_model), *options, *machine, "--set", "distill.teacher_cache=samples", "--json")
+    assert as_json(cached)["disk_bytes"] == one["disk_bytes"] + 38 * 1024
     assert "on 8 GPUs" in done(invoke("plan", str(whole_model), *options, "--gpus", "8", *machine))
     refused = invoke("plan", str(whole_model), *options, "--gpus", "1", "--gigabytes", "0.0001")
     assert refused.exit_code == 2

@@ -47,12 +47,15 @@ def test_ids_take_three_bytes():
     assert (unpacked(packed(ids)) == ids).all()
 
 
-def test_twelve_samples_take_38_bytes_a_token(setting, tmp_path):  # noqa: F811
-    _, _, text = setting
-    cached(setting, tmp_path / "cache", per_token=12)
+@pytest.mark.parametrize(("kind", "per_token"), [("samples", 12), ("top_k", 4), ("hidden", 7)])
+def test_what_a_cache_takes_is_known_before(setting, tmp_path, kind, per_token):  # noqa: F811
+    teacher, _, text = setting
+    cached(setting, tmp_path / "cache", kind=kind, per_token=per_token)
     headers = 128 * len(list((tmp_path / "cache").glob("*.npy")))
     size = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.npy"))
-    assert size == 38 * text.num_tokens + headers
+    known = teachers.bytes_per_token(kind, per_token=per_token, hidden=teacher.architecture.hidden)
+    assert size == known * text.num_tokens + headers
+    assert kind != "samples" or known == 38
 
 
 def test_samples_follow_the_distribution():

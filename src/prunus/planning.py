@@ -25,6 +25,7 @@ from prunus.schedule import plan as plan_training
 from prunus.search import probe_architectures
 from prunus.selection import check_legal
 from prunus.space import legal_architectures
+from prunus.teacher import bytes_per_token
 
 EFFICIENCY = 0.45
 """Share of the GEMM rate that whole steps reach (norms, attention and softmax are not GEMMs); measured, see LOG.md."""
@@ -102,8 +103,17 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         "gpus": machine.gpus,
         "seconds": {**({"larger student": ahead} if earlier else {}), **last.seconds},
         "writes": [f"{recipe.to}/{name}" for name in files],
-        "disk_bytes": sum(4 * first.dtype.itemsize * _parameters(first, each.target) for each in found),
+        "disk_bytes": sum(4 * first.dtype.itemsize * _parameters(first, each.target) for each in found)
+        + _cache_bytes(recipe, teacher),
     }
+
+
+def _cache_bytes(recipe: Recipe, teacher: Checkpoint) -> int:
+    options = recipe.distill
+    if options.teacher_cache is None or options.tokens is None:
+        return 0
+    hidden = teacher.architecture.hidden
+    return options.tokens * bytes_per_token(options.teacher_cache, per_token=options.cache_per_token, hidden=hidden)
 
 
 def _in_rounds(recipe: Recipe, first: Checkpoint, teacher: Checkpoint) -> list[tuple[Recipe, int]]:

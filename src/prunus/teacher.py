@@ -156,6 +156,16 @@ class Cache:
         return Head(tensors["weight"], tensors.get("bias"), own, float(tensors["scale"]))
 
 
+def bytes_per_token(kind: str, *, per_token: int, hidden: int) -> int:
+    """That a cache takes on the disk, beside the head in one of hidden states.
+
+    Args:
+        per_token: K.
+        hidden: E.
+    """
+    return {"samples": 3 * per_token + 2, "top_k": 5 * per_token, "hidden": 2 * hidden}[kind]
+
+
 LAYOUT = {"samples": ("ids", "entropy"), "top_k": ("ids", "p"), "hidden": ("hidden",)}
 """Arrays of each kind."""
 
