@@ -79,7 +79,6 @@ OWN = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen3": {"tie_word_embeddings": True},
-    "qwen3_moe": {"mlp_only_layers": [1]},
     "qwen2_moe": {"mlp_only_layers": [1]},
     "olmoe": {"num_key_value_heads": 3},
     "deepseek_v3": {"num_key_value_heads": 6, "head_dim": 4},

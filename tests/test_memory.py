@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, for_each_kind, tiny_model
+from conftest import KINDS, tiny_model
 
 from prunus import hardware, memory
 from prunus.budget import parse_budget
@@ -172,7 +172,7 @@ def test_a_search_holds_what_its_largest_student_does(checkpoint):
         memory.check_search(checkpoint, [small, large], **REPAIR, free=sum(parts.values()))
 
 
-@for_each_kind
+@pytest.mark.parametrize("family_name", [*KINDS, "qwen3_moe"], indirect=True, scope="session")
 def test_the_memory_of_a_repair_is_known_of_every_family(teacher):
     few, many = (memory.repair(teacher, teacher.architecture, blocks=count, block_size=64) for count in (64, 128))
     assert many.pop("streams") == pytest.approx(2 * few.pop("streams"), abs=1)

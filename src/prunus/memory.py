@@ -258,9 +258,11 @@ def repair(
     dtype, holes = hardware.fast_dtype(teacher.dtype) if device == here else teacher.dtype, HOLES[device]
     itemsize, stored = dtype.itemsize, teacher.dtype.itemsize
     hidden, whole = student.hidden, teacher.architecture.hidden
-    widest = max((_written_from(branch, family, student) for branch in family.branches if branch.write), default=hidden)
-    streams = 2 * hidden + (3 if any(branch.post_norm for branch in family.branches) else 2) * whole + widest
-    if any(branch.experts for branch in family.branches):  # these want their tokens at once
+    having = cost.branch_layers(family, layout)
+    branches = [branch for branch in family.branches if branch.name in having]
+    widest = max((_written_from(branch, family, student) for branch in branches if branch.write), default=hidden)
+    streams = 2 * hidden + (3 if any(branch.post_norm for branch in branches) else 2) * whole + widest
+    if any(branch.experts for branch in branches):  # these want their tokens at once
         streams += hidden + whole
     called_with = block_size + 2 * itemsize * student.get("head_dim", 0)
     return {
