@@ -12,7 +12,7 @@ from conftest import SIZES, add_tokenizer, make_text, small_flags, tiny_model
 from test_recipe import RECIPES
 from transformers import AutoModelForCausalLM
 
-from prunus import hardware, recipe
+from prunus import checkpoint, hardware, recipe, weights
 from prunus.run import Run
 
 COMMANDS = ("compress", "inspect", "plan", "measure", "score", "search", "prune", "distill", "evaluate", "report")
@@ -60,6 +60,18 @@ def test_inspect(invoke, whole_model):
     model = AutoModelForCausalLM.from_pretrained(whole_model)
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert facts["next_smaller"] == {"layers": 3, "hidden": 42, "ffn": 39, "heads": 3, "kv_heads": 2}
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_what_a_model_is_made_of_is_told_without_reading_its_weights(
+    invoke, whole_model, corpus, tmp_path, monkeypatch, command
+):
+    """Of a large one they are hundreds of gigabytes."""
+    for way in ("whole", "numbered"):
+        monkeypatch.setattr(weights.Parts, way, lambda parts: pytest.fail("weights are read"))
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: pytest.fail(f"{file} is read"))
+    flags = small_flags(corpus, tmp_path / "run") if command == "plan" else []
+    done(invoke(command, str(whole_model), *flags))
 
 
 def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):

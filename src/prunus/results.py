@@ -128,9 +128,9 @@ def collect(run: Run) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat("T", "seconds"),
         "versions": versions(),
         "recipe": run.recipe.model_dump(mode="json"),
-        "teacher": model_facts(run.teacher),
-        "parent": model_facts(run.parent) if run.finished("measure") and run.parent is not run.teacher else None,
-        "student": model_facts(student) if student else None,
+        "teacher": _identified(run.teacher),
+        "parent": _identified(run.parent) if run.finished("measure") and run.parent is not run.teacher else None,
+        "student": _identified(student) if student else None,
         "budget": searched and _budget(searched["budget"], student),
         "text": {name: _text(blocks) for name, blocks in _texts(run).items()},
         "scores": _scores(run) if run.finished("score") else None,
@@ -219,14 +219,18 @@ def _costs_and(model: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, 
     return {key: model.get(key) for key in quality} | {key: facts[key] for key in costs}
 
 
+def _identified(checkpoint: Checkpoint) -> dict[str, Any]:
+    return model_facts(checkpoint) | {"fingerprint": checkpoint.fingerprint}
+
+
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its config and the headers of its files say."""
     family, tensors, sizes = checkpoint.family, checkpoint.layout, checkpoint.architecture
     return {
         "name": checkpoint.name,
         "model_type": family.model_type,
         "sees": bool(family.vision),
         "code": family.folding.code_name if family.folding else None,
-        "fingerprint": checkpoint.fingerprint,
         "architecture": dict(sizes),
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.bytes,
