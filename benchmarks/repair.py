@@ -60,7 +60,7 @@ def run(teacher: pr.Checkpoint, calibration: text.Blocks, heldout: text.Blocks, 
             student = cut(teacher, scores, target, norm_correction=method != "plain")
             start = time.perf_counter()
             if method == "repaired":
-                candidate = repaired(teacher, student, calibration, teacher_model=model)
+                candidate = repaired(teacher, student, calibration, source=in_memory(model))
             else:
                 candidate = build(student, hardware.compute_dtype())
             seconds = time.perf_counter() - start

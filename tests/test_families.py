@@ -19,6 +19,9 @@ from prunus.checkpoint import save
 from prunus.errors import BadCheckpoint, BadRecipe, UnsupportedModel
 from prunus.families import family_of, known_families
 from prunus.head import head_of
+from prunus.importance import score
+from prunus.measure import measure
+from prunus.prune import cut
 from prunus.space import legal_architectures
 
 
@@ -192,6 +195,26 @@ def test_flops_of_a_llama_by_hand(llama):
         cost.kv_bytes_per_token(llama.family, cost.shapes(llama.family, llama.layout), a)
         == 2 * a.layers * a.kv_heads * a.head_dim * 2
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("llama", "2 * head_dim"), ("deepseek_v3", "nope_dim + rope_dim + value_dim")]
+)
+def test_flops_of_looking_at_an_earlier_token(name, width, tmp_path):
+    """A score and a share of the sum, of each head."""
+    model = tiny_model(name, tmp_path)
+    a, shapes = model.architecture, cost.shapes(model.family, model.layout)
+    more = [cost.flops_per_token(model.family, shapes, a, context=context) for context in (0, 10)]
+    assert more[1] - more[0] == 10 * 2 * a.layers * a.heads * eval(width, dict(a))
+
+
+def test_an_axis_that_no_layer_has_forbids_nothing(blocks, tmp_path):
+    """Granite's hybrids may have no attention."""
+    model = tiny_model("granitemoehybrid", tmp_path, layer_types=["linear_attention"] * 4)
+    budget = parse_budget(model, params="0.7x")
+    target = legal_architectures(model.family, model.architecture, budget)[0]
+    assert "heads" not in target
+    assert cut(model, score(measure(model, blocks)), target).architecture == target
 
 
 def test_the_files_are_those_that_transformers_reads(llama, tmp_path):

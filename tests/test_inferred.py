@@ -11,7 +11,7 @@ from test_prune import assert_cache_changes_nothing, cut_and_reload, drawn, logi
 from transformers import AutoConfig
 
 import prunus as pr
-from prunus import anatomy, dims
+from prunus import anatomy, cost, dims, memory
 from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint
 from prunus.errors import UnsupportedModel
@@ -49,6 +49,15 @@ def inferred(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     torch.manual_seed(0)
     random_model(tiny(request.param)).save_pretrained(folder)
     return pr.load(folder)
+
+
+def test_what_it_costs_is_known(inferred):
+    sizes, shapes = inferred.architecture, cost.shapes(inferred.family, inferred.layout)
+    latent = "kv_rank" in sizes
+    values = sizes.kv_rank + sizes.rope_dim if latent else 2 * sizes.kv_heads * sizes.head_dim
+    assert cost.kv_bytes_per_token(inferred.family, shapes, sizes) == 2 * sizes.layers * values
+    assert min(memory.repair(inferred, sizes, blocks=1, block_size=64).values()) > 0
+    assert legal_architectures(inferred.family, sizes, parse_budget(inferred, params="0.9x", kv_cache="1x"))
 
 
 def test_a_type_without_a_file_is_cut_as_those_with_one(inferred, blocks, tmp_path):

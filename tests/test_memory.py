@@ -154,22 +154,35 @@ def test_text_for_the_repair_that_would_fit_is_said(checkpoint):
     target = checkpoint.architecture.replace(ffn=20)
     parts = memory.repair(checkpoint, target, **REPAIR)
     memory.check_repair(checkpoint, target, **REPAIR, free=math.ceil(sum(parts.values()) / memory.ROOM) + 1)
-    half = sum(parts.values()) - parts["streams"] // 2
+    least = memory.repair(checkpoint, target, **REPAIR, streamed=True)
+    half = sum(least.values()) - least["streams"] // 2
     with pytest.raises(DoesNotFit, match=r"repair needs .* This would fit: prune\.tokens=6[34]k"):
         memory.check_repair(checkpoint, target, **REPAIR, free=math.ceil(half / memory.ROOM))
     with pytest.raises(DoesNotFit, match=r"This would fit: prune\.repair=false"):
-        memory.check_repair(checkpoint, target, **REPAIR, free=sum(parts.values()) - parts["streams"])
+        memory.check_repair(checkpoint, target, **REPAIR, free=sum(least.values()) - least["streams"])
+
+
+def test_a_teacher_that_does_not_fit_beside_its_student_is_streamed(checkpoint):
+    target = checkpoint.architecture.replace(ffn=20)
+    for streamed in (False, True):
+        free = math.ceil(sum(memory.repair(checkpoint, target, **REPAIR, streamed=streamed).values()) / memory.ROOM) + 1
+        assert memory.check_repair(checkpoint, target, **REPAIR, free=free).streamed == streamed
+        assert memory.check_search(checkpoint, [target], **REPAIR, free=free).streamed == streamed
+    judged = math.ceil(memory.repair(checkpoint, target, **REPAIR)["teacher"] / memory.ROOM) - 1
+    with pytest.raises(DoesNotFit, match="Name the architecture"):
+        memory.check_search(checkpoint, [target.replace(layers=1)], blocks=0, block_size=1, free=judged)
 
 
 def test_a_search_holds_what_its_largest_student_does(checkpoint):
     sizes = checkpoint.architecture
     small, large = sizes.replace(ffn=sizes.ffn // 2, layers=1), sizes.replace(ffn=sizes.ffn // 2)
-    parts = memory.check_search(checkpoint, [small, large, small], **REPAIR)
-    assert parts == memory.check_repair(checkpoint, large, **REPAIR)
+    found = memory.check_search(checkpoint, [small, large, small], **REPAIR)
+    assert found == memory.check_repair(checkpoint, large, **REPAIR)
     unrepaired = memory.check_search(checkpoint, [small, large], **REPAIR | {"blocks": 0})
-    assert unrepaired["streams"] == 0
+    assert unrepaired.parts["streams"] == 0
+    least = memory.repair(checkpoint, large, **REPAIR, streamed=True)
     with pytest.raises(DoesNotFit, match=r"search needs .* Name the architecture [(]--arch[)]"):
-        memory.check_search(checkpoint, [small, large], **REPAIR, free=sum(parts.values()))
+        memory.check_search(checkpoint, [small, large], **REPAIR, free=sum(least.values()))
 
 
 @pytest.mark.parametrize("family_name", [*KINDS, "qwen3_moe"], indirect=True, scope="session")

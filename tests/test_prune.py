@@ -334,6 +334,14 @@ def test_repair_brings_the_student_nearer_to_its_teacher(teacher, blocks, axis):
     assert after < before
 
 
+@for_each_kind
+def test_repair_is_the_same_with_a_teacher_from_the_disk(teacher, blocks):
+    student = cut(teacher, scored(teacher, blocks), drawn(teacher, 0))
+    whole, streamed = (repaired(teacher, student, blocks, source=source) for source in (None, on_disk(teacher)))
+    expected = whole.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in streamed.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("ernie4_5_moe", {"use_bias": True}), ("nemotron_h", {"mlp_bias": True})]
 )

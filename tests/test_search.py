@@ -1,11 +1,13 @@
 """Budgets, legal architectures, and the order of candidates."""
 
+import sys
+
 import pytest
 import torch
 from conftest import add_tokenizer, for_each_kind, tiny_model
 from transformers import AutoTokenizer
 
-from prunus import cost
+from prunus import cost, memory
 from prunus.budget import CONTEXT, LIMITS, parse_budget, parse_quantity
 from prunus.documents import documents
 from prunus.errors import BadRecipe, BudgetUnreachable
@@ -222,6 +224,16 @@ def test_candidates_are_measured_and_the_best_comes_first(llama, text):
     assert losses == sorted(losses)
     assert all(candidate.measured is None for candidate in found.candidates[3:])
     assert set(found.probes) == {"layers", "hidden", "ffn", "heads"}
+
+
+def test_a_search_finds_the_same_with_a_teacher_from_the_disk(llama, text, monkeypatch):
+    scores, budget = score(measure(llama, text.head(8))), parse_budget(llama, params="0.8x")
+    options = {"calibration": text.head(8), "heldout": text.select(range(8, 16)), "candidates": 2}
+    found = search(llama, scores, budget, **options)
+    check = memory.check_search
+    monkeypatch.setattr(memory, "check_search", lambda *_, **given: check(*_, **given)._replace(streamed=True))
+    monkeypatch.setattr(sys.modules["prunus.search"], "in_memory", lambda _: pytest.fail("the teacher is whole"))
+    assert search(llama, scores, budget, **options) == found
 
 
 def test_axes_that_are_tied_weigh_alike(text, tmp_path):

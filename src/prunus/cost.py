@@ -150,9 +150,17 @@ def flops_per_token(family: Family, shapes: Shapes, architecture: Architecture, 
     """Multiply-adds × 2 of one token's forward pass; attention over `context` earlier tokens included."""
     groups = count(shapes, architecture, active=True)
     head = groups.get("head") or architecture.vocab * architecture.hidden
-    per_layer = architecture.get("heads", 0) * architecture.get("head_dim", 0)
-    attention = 2 * attending(shapes, architecture) * per_layer * context
+    attention = attending(shapes, architecture) * _per_earlier_token(architecture) * context
     return 2 * (sum(groups.get(branch.name, 0) for branch in family.branches) + head + attention)
+
+
+def _per_earlier_token(architecture: Architecture) -> int:
+    """Multiply-adds of a layer's scores and of the sum that they weigh; keys and values made of latents differ in
+    width."""
+    widths = ("nope_dim", "rope_dim", "value_dim")
+    if "value_dim" in architecture:
+        return architecture.heads * sum(architecture.get(name, 0) for name in widths)
+    return 2 * architecture.get("heads", 0) * architecture.get("head_dim", 0)
 
 
 def kv_bytes_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, bytes_per_value: int = 2) -> int:

@@ -6,9 +6,11 @@ All numbers are bytes. N_t and N_s are the parameters of teacher and student, b 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -111,7 +113,8 @@ def _kept_by(branch: Branch, training: Training) -> int:
         return norms + _mamba(training)
     if branch.inner != "heads":
         return norms + _neurons(branch, family, sizes)
-    qk_norms = any("q_norm" in name for name in family.layer_weights) * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    normed = (sizes.heads + sizes.kv_heads) * sizes.get("head_dim", 0)
+    qk_norms = normed * any("q_norm" in name for name in family.layer_weights)
     return norms + qk_norms + _between(branch, family, sizes) + sizes.heads * _kept_keys(training)
 
 
@@ -241,8 +244,26 @@ def total(need: Training) -> int:
     return sum(peak(need).values())
 
 
+class Fits(NamedTuple):
+    """What fits.
+
+    Attributes:
+        parts: bytes by what they hold.
+        streamed: the teacher's layers come from the disk one at a time.
+    """
+
+    parts: dict[str, int]
+    streamed: bool
+
+
 def repair(
-    teacher: Checkpoint, student: Architecture, *, blocks: int, block_size: int, device: str | None = None
+    teacher: Checkpoint,
+    student: Architecture,
+    *,
+    blocks: int,
+    block_size: int,
+    device: str | None = None,
+    streamed: bool = False,
 ) -> dict[str, int]:
     """Bytes of each part while a cut student is repaired (see `refit.repair_layers`).
 
@@ -252,6 +273,7 @@ def repair(
 
     Args:
         device: "cpu" or "cuda", which need not be here (default: this machine's).
+        streamed: the teacher's layers come from the disk one at a time.
     """
     family, layout, here = teacher.family, teacher.layout, hardware.device().type
     device = device or here
@@ -266,7 +288,7 @@ def repair(
         streams += hidden + whole
     called_with = block_size + 2 * itemsize * student.get("head_dim", 0)
     return {
-        "teacher": itemsize * teacher.parameters,
+        "teacher": itemsize * (_at_once(teacher) if streamed else teacher.parameters),
         # built on the CPU from a copy of its weights as stored
         "student": (itemsize + (stored if device == "cpu" else 0)) * cost.parameters(family, layout, student),
         "streams": int(holes * blocks * block_size * (itemsize * streams + 2 * called_with)),
@@ -285,8 +307,8 @@ def check_repair(
     block_size: int,
     device: str | None = None,
     free: int | None = None,
-) -> dict[str, int]:
-    """What `repair` says, if it fits.
+) -> Fits:
+    """How the repair fits: with the whole teacher, or streamed.
 
     Args:
         device: see `repair`.
@@ -295,11 +317,11 @@ def check_repair(
         DoesNotFit: says how much text would.
     """
     free = int(ROOM * (hardware.free_memory() if free is None else free))
-    parts = repair(teacher, student, blocks=blocks, block_size=block_size, device=device)
-    for_text = free - sum(parts.values()) + parts["streams"]
-    fitting = blocks * block_size * for_text // max(1, parts["streams"])
+    found = _first_fitting(teacher, student, free, blocks=blocks, block_size=block_size, device=device)
+    for_text = free - sum(found.parts.values()) + found.parts["streams"]
+    fitting = blocks * block_size * for_text // max(1, found.parts["streams"])
     advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_REPAIR_TOKENS else "prune.repair=false"
-    return _checked("the repair", parts, free, f"This would fit: {advice}.")
+    return _checked("the repair", found, free, f"This would fit: {advice}.")
 
 
 def check_search(
@@ -310,8 +332,8 @@ def check_search(
     block_size: int,
     device: str | None = None,
     free: int | None = None,
-) -> dict[str, int]:
-    """Bytes of each part while the largest of these architectures is built and repaired, if it fits.
+) -> Fits:
+    """How the largest of these architectures is built and repaired; the teacher by itself is judged whole before.
 
     Args:
         blocks: of text for the repair; 0 without one.
@@ -321,16 +343,37 @@ def check_search(
     """
     free = int(ROOM * (hardware.free_memory() if free is None else free))
     largest = max(built, key=lambda sizes: cost.parameters(teacher.family, teacher.layout, sizes))
-    parts = repair(teacher, largest, blocks=blocks, block_size=block_size, device=device)
-    return _checked("the search", parts, free, "Name the architecture (--arch): then there is no search.")
+    found = _first_fitting(teacher, largest, free, blocks=blocks, block_size=block_size, device=device)
+    alone = Fits(
+        {"teacher": repair(teacher, largest, blocks=0, block_size=1, device=device)["teacher"]}, streamed=False
+    )
+    advice = "Name the architecture (--arch): then there is no search."
+    return _checked("the search", max(found, alone, key=lambda each: sum(each.parts.values())), free, advice)
 
 
-def _checked(stage: str, parts: dict[str, int], free: int, advice: str) -> dict[str, int]:
-    need = sum(parts.values())
+def _first_fitting(teacher: Checkpoint, student: Architecture, free: int, **options: Any) -> Fits:
+    """With the whole teacher if that fits, else streamed."""
+    ways = [Fits(repair(teacher, student, streamed=streamed, **options), streamed) for streamed in (False, True)]
+    return next((way for way in ways if sum(way.parts.values()) <= free), ways[-1])
+
+
+def _checked(stage: str, found: Fits, free: int, advice: str) -> Fits:
+    need = sum(found.parts.values())
     if need > free:
-        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.parts.items())
         raise DoesNotFit(f"{stage} needs {need / 1e9:.1f} GB ({listed}), but {free / 1e9:.1f} GB are free. {advice}")
-    return parts
+    return found
+
+
+def _at_once(model: Checkpoint) -> int:
+    """Parameters that a walk from the disk holds: what stands around the layers, and the largest of these twice, since
+    dropped layers run behind the one that is fitted to."""
+    counts: Counter[int | None] = Counter()
+    for name, units in model.layout.items():
+        layer, _ = model.family.split(name)
+        counts[layer] += math.prod(dims.size(unit, model.architecture) for unit in units)
+    around = counts.pop(None, 0)
+    return min(around + 2 * max(counts.values()), model.parameters)
 
 
 def _written_from(branch: Branch, family: Family, sizes: Architecture) -> int:

@@ -238,10 +238,10 @@ def _search_memory(teacher: Checkpoint, target: Architecture, budget: Budget, re
     block_size = recipe.data.block_size
     built = [*probe_architectures(teacher.family, teacher.architecture, budget).values(), target]
     blocks = max(1, recipe.search.probe_tokens // block_size) if recipe.prune.repair else 0
-    parts = memory.check_search(
+    fits = memory.check_search(
         teacher, built, blocks=blocks, block_size=block_size, device=machine.device, free=machine.memory
     )
-    return sum(parts.values())
+    return sum(fits.parts.values())
 
 
 def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, machine: Machine) -> int:
@@ -254,10 +254,10 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
         return 0
     block_size = recipe.data.block_size
     blocks = max(1, recipe.prune.tokens // block_size)
-    parts = memory.check_repair(
+    fits = memory.check_repair(
         teacher, target, blocks=blocks, block_size=block_size, device=machine.device, free=machine.memory
     )
-    return sum(parts.values())
+    return sum(fits.parts.values())
 
 
 def _evaluation_memory(

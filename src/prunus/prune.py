@@ -23,6 +23,7 @@ from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import Scores
 from prunus.selection import Kept, check_legal, select
+from prunus.source import Source, in_memory, on_disk
 from prunus.weights import Parts
 
 KEPT_FILE = "prunus.json"
@@ -64,7 +65,7 @@ def cut(
     student_layer = {layer: number for number, layer in enumerate(kept.layers)}
     tensors: dict[str, Parts] = {}
     queries_of = next((branch.reads[0] for branch in family.branches if branch.inner == "heads"), "")
-    leave_groups = bool(queries_of) and target.heads * source.kv_heads < source.heads * target.kv_heads
+    leave_groups = "heads" in target and target.heads * source.kv_heads < source.heads * target.kv_heads
     for name, tensor in teacher.tensors():
         layer, local = family.split(name)
         if layer is not None and layer not in student_layer:
@@ -135,13 +136,15 @@ def prune(
     hardware.keep_freed_memory()
     if target == teacher.architecture:
         calibration = None  # nothing is lost
+    source = None
     if calibration is not None:
         block_size = calibration.batch([0])[0].shape[-1]
-        memory.check_repair(teacher, target, blocks=len(calibration), block_size=block_size)
+        fits = memory.check_repair(teacher, target, blocks=len(calibration), block_size=block_size)
+        source = on_disk(teacher) if fits.streamed else None
     student = cut(teacher, scores, target, norm_correction=norm_correction, head_residuals=head_residuals)
     tensors: Mapping[str, Tensor | Parts] = student.tensors
     if calibration is not None:
-        model = repaired(teacher, student, calibration, damping=damping, progress=progress)
+        model = repaired(teacher, student, calibration, source=source, damping=damping, progress=progress)
         state = model.state_dict()
         tensors = {name: state[name].to("cpu", dtype=tensor.dtype) for name, tensor in student.tensors.items()}
     kept = json.dumps({"teacher": teacher.fingerprint, "kept": vars(student.kept)})
@@ -153,19 +156,19 @@ def repaired(
     student: Student,
     calibration: TokenBlocks,
     *,
-    teacher_model: PreTrainedModel | None = None,
+    source: Source | None = None,
     damping: float = repair.DAMPING,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreTrainedModel:
     """The student as a transformers model after `repair_layers`, in the dtype of `hardware.fast_dtype`.
 
     Args:
-        teacher_model: the teacher in that dtype; loaded otherwise.
+        source: where the teacher is found in that dtype; loaded whole otherwise.
     """
     device = hardware.device()
     dtype = hardware.fast_dtype(teacher.dtype)
     model = hardware.place(build(student, dtype), device=device)
-    source = teacher_model or teacher.module(dtype, device)
+    source = source or in_memory(teacher.module(dtype, device))
     refit.repair_layers(source, model, teacher.family, student.kept, calibration, damping=damping, progress=progress)
     return model
 

@@ -20,6 +20,7 @@ from prunus.architecture import Architecture
 from prunus.families import Branch, Family
 from prunus.layerwise import TokenBlocks
 from prunus.selection import Kept
+from prunus.source import Source
 
 BATCH_BLOCKS = 4
 FEEDBACK = 0.5
@@ -29,7 +30,7 @@ it overfits the calibration text, none lets errors add up; measured on SmolLM2-1
 
 @torch.no_grad()
 def repair_layers(
-    teacher: PreTrainedModel,
+    teacher: Source,
     student: PreTrainedModel,
     family: Family,
     kept: Kept,
@@ -46,12 +47,13 @@ def repair_layers(
     dropped, the last write before the gap is fitted to the stream behind it.
 
     Args:
+        teacher: whole, or its layers one at a time.
         student: changed in place.
         kept: what the student keeps of the teacher.
         blocks: calibration text.
     """
     batches = layerwise.enter_all(student, blocks, batch_blocks=BATCH_BLOCKS)
-    walk = _TeacherWalk(teacher, family, kept, layerwise.enter_all(teacher, blocks, batch_blocks=BATCH_BLOCKS))
+    walk = _TeacherWalk(teacher, family, kept, blocks)
     # A student whose embedding is scaled by √hidden has a stream smaller than the teacher's by this factor.
     stream_scale = math.sqrt(len(kept.hidden) / walk.sizes.hidden) if family.scaled_embedding else 1.0
     hidden = torch.tensor(kept.hidden, device=student.device)
@@ -292,18 +294,23 @@ class _Seen:
 class _TeacherWalk:
     """The teacher's side of `repair_layers`."""
 
-    def __init__(self, teacher: PreTrainedModel, family: Family, kept: Kept, batches: list[layerwise.Batch]) -> None:
-        self.family, self.kept, self.batches = family, kept, batches
-        self.config = teacher.config
-        self.layers = anatomy.layers_of(teacher)
-        self.sizes = family.architecture(teacher.config)
+    def __init__(self, teacher: Source, family: Family, kept: Kept, blocks: TokenBlocks) -> None:
+        self.teacher, self.family, self.kept = teacher, family, kept
+        with teacher.outer():
+            self.batches = layerwise.enter_all(teacher.model, blocks, batch_blocks=BATCH_BLOCKS)
+        self.config = teacher.model.config
+        self.sizes = family.architecture(self.config)
         self.done = 0
 
     def branches(self, number: int) -> Iterator[tuple[Branch, nn.Module, _Seen]]:
         """Run the layer that student layer `number` came from, branch by branch, and those dropped before and behind
         it. Yields each branch with the layer, when it has run."""
         self._skip_to(self.kept.layers[number])
-        layer, inputs = self.layers[self.done], [batch.layer_inputs[self.done] for batch in self.batches]
+        with self.teacher.layer(self.done) as layer:
+            yield from self._branches(number, layer)
+
+    def _branches(self, number: int, layer: nn.Module) -> Iterator[tuple[Branch, nn.Module, _Seen]]:
+        inputs = [batch.layer_inputs[self.done] for batch in self.batches]
         branches = layerwise.branches_of(layer, self.family)
         entering: list[Tensor] = []
         for branch in branches:
@@ -320,14 +327,15 @@ class _TeacherWalk:
             if branch is branches[-1]:
                 self.done += 1
                 last = number + 1 == len(self.kept.layers)
-                self._skip_to(len(self.layers) if last else self.kept.layers[number + 1])
+                self._skip_to(len(self.teacher) if last else self.kept.layers[number + 1])
             yield branch, layer, _Seen(entering, before, [batch.stream_BSH for batch in self.batches], written)
 
-    def _skip_to(self, layer: int) -> None:
-        for index in range(self.done, layer):
-            for batch in self.batches:
-                batch.stream_BSH = layerwise.run_layer(self.layers[index], batch.stream_BSH, batch.layer_inputs[index])
-        self.done = layer
+    def _skip_to(self, number: int) -> None:
+        for index in range(self.done, number):
+            with self.teacher.layer(index) as layer:
+                for batch in self.batches:
+                    batch.stream_BSH = layerwise.run_layer(layer, batch.stream_BSH, batch.layer_inputs[index])
+        self.done = number
 
 
 def _with_ones(x_ND: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from prunus.evaluate import Quality, quality
 from prunus.families import Family
 from prunus.prune import Student, build, cut, repaired
 from prunus.scores import Scores
+from prunus.source import in_memory, on_disk
 from prunus.space import TOLERANCE, cuts_of, legal_architectures
 from prunus.text import Blocks
 
@@ -197,9 +198,10 @@ def search(
         total = len(set(probes.values())) + min(candidates, len(found))
         text = calibration.head(probe_blocks)
         fitted = len(text) if repair else 0
-        memory.check_search(teacher, [*probes.values(), found[0]], blocks=fitted, block_size=text.block_size)
+        built = [*probes.values(), found[0]]
+        fits = memory.check_search(teacher, built, blocks=fitted, block_size=text.block_size)
         sliced = partial(cut, teacher, scores, norm_correction=norm_correction, head_residuals=head_residuals)
-        measurer = _Measurer(teacher, sliced, text, heldout, repair, total, progress)
+        measurer = _Measurer(teacher, sliced, text, heldout, repair, fits.streamed, total, progress)
         losses = {probe: measurer(probe).loss for probe in dict.fromkeys(probes.values())}
         slopes |= {
             axis: _slope(losses[probe] - measurer.base.loss, lost_share(scores, source, probe))
@@ -217,7 +219,7 @@ def search(
 
 
 class _Measurer:
-    """Builds, repairs and measures architectures with one teacher in memory."""
+    """Builds, repairs and measures architectures with one teacher, in memory or `streamed`."""
 
     def __init__(
         self,
@@ -226,6 +228,7 @@ class _Measurer:
         calibration: Blocks,
         heldout: Blocks,
         repair: bool,
+        streamed: bool,
         total: int,
         progress: Callable[[int, int], None],
     ) -> None:
@@ -235,14 +238,17 @@ class _Measurer:
         self.dtype, dtype, device = hardware.fast_dtype(teacher.dtype), hardware.compute_dtype(), hardware.device()
         judged = teacher.module(dtype, device)
         self.base = quality(judged, heldout)
-        self.model = judged if self.dtype == dtype else teacher.module(self.dtype, device)
+        if streamed:
+            self.source = on_disk(teacher)
+        else:
+            self.source = in_memory(judged if self.dtype == dtype else teacher.module(self.dtype, device))
         self.done, self.total, self.progress = 0, total, progress
 
     @torch.no_grad()
     def __call__(self, architecture: Architecture) -> Quality:
         student = self.cut(architecture)
         if self.repair:
-            model = repaired(self.teacher, student, self.calibration, teacher_model=self.model)
+            model = repaired(self.teacher, student, self.calibration, source=self.source)
         else:
             model = hardware.place(build(student, self.dtype), device=hardware.device())
         self.done += 1

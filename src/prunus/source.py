@@ -29,6 +29,15 @@ class Source:
 
     def __init__(self, model: PreTrainedModel, filled: Fill, around: Iterable[str] = ()) -> None:
         self.model, self.filled, self.around = model, filled, tuple(around)
+        names = {module: name for name, module in model.named_modules()}
+        self._layers = [names[layer] for layer in anatomy.layers_of(model)]
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return len(self._layers)
+
+    def layer(self, number: int) -> AbstractContextManager[nn.Module]:
+        return self.filled(self._layers[number])
 
     @property
     def whole(self) -> bool:
@@ -45,9 +54,8 @@ class Source:
 
     def layers(self) -> Iterator[nn.Module]:
         """The decoder layers in order, each until the next is asked for."""
-        names = {module: name for name, module in self.model.named_modules()}
-        for layer in anatomy.layers_of(self.model):
-            with self.filled(names[layer]) as module:
+        for number in range(len(self)):
+            with self.layer(number) as module:
                 yield module
 
 

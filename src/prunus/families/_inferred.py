@@ -180,6 +180,7 @@ def _family(config: PreTrainedConfig, tiny: Tiny, seen: Mapping[str, Any], layou
         constraints=constraints,
         fields={size: key for size, key in fields.items() if size in keep},
         derived=derived,
+        cached="kv_rank + rope_dim" if "kv_rank" in used else Family.cached,
         defaults={"ffn": "4*hidden"} if "ffn" in fields and getattr(config, fields["ffn"]) is None else {},
         stored_prefixes=prefixes,
         stored_as=stored_as,

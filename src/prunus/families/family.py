@@ -24,22 +24,22 @@ from prunus.architecture import AXES, Architecture, from_config, to_config
 
 CONSTRAINTS = {
     "heads_divide_hidden": (
-        lambda a: a.hidden % a.heads == 0,
+        lambda a: "heads" not in a or a.hidden % a.heads == 0,
         "hidden must be a multiple of heads (transformers refuses the config otherwise)",
     ),
     "hidden_is_heads": (
-        lambda a: a.hidden == a.heads * a.head_dim,
+        lambda a: "heads" not in a or a.hidden == a.heads * a.head_dim,
         "hidden must be heads × head_dim (its code has no other head_dim), so both are cut together",
     ),
     "multi_head": (
-        lambda a: a.heads == a.kv_heads,
+        lambda a: "heads" not in a or a.heads == a.kv_heads,
         "kv_heads must equal heads (every head has its own keys and values), so both are cut together",
     ),
     "mamba_is_expand": (
         lambda a: "mamba_heads" not in a or a.mamba_heads * a.mamba_head_dim == a.expand * a.hidden,
         "mamba_heads × mamba_head_dim must be expand × hidden, so they are cut together",
     ),
-    "even_head_dim": (lambda a: a.head_dim % 2 == 0, "head_dim must be even (rotary embedding)"),
+    "even_head_dim": (lambda a: a.get("head_dim", 0) % 2 == 0, "head_dim must be even (rotary embedding)"),
     "aligned_experts": (
         lambda a: "experts" not in a or (a.hidden % 8 == 0 and a.expert_ffn % 8 == 0),
         "hidden and expert_ffn must be multiples of 8 (grouped matrix products need rows of 16 bytes)",
