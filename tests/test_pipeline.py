@@ -51,7 +51,9 @@ def test_planned_counted_and_reported_parameters_are_one_number(run):
     assert list(reported) == ["teacher", "cut", "repaired", "distilled", "baseline"]
 
 
-def test_one_student_at_a_time_is_compared_with_the_teacher(run, monkeypatch):
+@pytest.mark.parametrize(("free", "most_models"), [(10**9, 2), (1, 1)])
+def test_one_student_at_a_time_is_compared_with_the_teacher(run, monkeypatch, free, most_models):
+    """Beside it, or after it where both do not fit."""
     alive, most = weakref.WeakSet(), []
     place = hardware.place
 
@@ -61,10 +63,12 @@ def test_one_student_at_a_time_is_compared_with_the_teacher(run, monkeypatch):
         return placed
 
     monkeypatch.setattr(hardware, "place", counted)
+    monkeypatch.setattr(hardware, "free_memory", lambda: free)
     found = compare(run)
-    assert [len(found["models"]), max(most)] == [5, 2]
+    assert [len(found["models"]), max(most)] == [5, most_models]
     known = json.loads((run.root / "5-evaluation.json").read_text())
     for again, model in zip(found["models"], known["models"], strict=True):
+        assert again.keys() == model.keys()
         assert again["loss"] == pytest.approx(model["loss"])
         assert again["kl_to_teacher"] == pytest.approx(model["kl_to_teacher"])
     assert found["models"][0]["kl_to_teacher"] == 0

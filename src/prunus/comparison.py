@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from prunus import console, hardware
-from prunus.evaluate import PROMPTS, continuations, quality, speed, states
+from prunus import console, hardware, memory
+from prunus.evaluate import PROMPTS, Speed, continuations, quality, speed, states
+from prunus.head import Dense
 from prunus.prune import build, cut
 from prunus.recipe import Prune
 from prunus.run import Run
@@ -27,22 +28,31 @@ LABELS = {
 
 
 def compare(run: Run) -> dict[str, Any]:
-    """What the file holds; nothing was chosen by its text. Beside the teacher one student at a time is in memory."""
+    """What the file holds; nothing was chosen by its text. One student at a time is in memory, beside the teacher where
+    both fit, and else after it."""
     options, tokenizer, compared = run.recipe.evaluate, run.teacher.tokenizer(), _compared(run)
     prompts, tasks = tuple(options.prompts or PROMPTS), [from_recipe(task) for task in options.tasks]
     student = "distilled" if "distilled" in compared else "repaired"
-    teacher = compared["teacher"].open()
+    together = _fit(compared["teacher"], compared[student])
+    loaded = {"teacher": compared["teacher"].open()}
     with console.bar("held-out text: teacher", unit="blocks") as step:
-        reference = states(teacher, run.test, progress=step)
-    rows, speeds, texts = [], {}, {}
+        reference = states(loaded["teacher"], run.test, progress=step)
+    if not together:
+        reference = _by_itself(reference)
+    rows: list[dict[str, Any]] = []
+    speeds: dict[str, Speed] = {}
+    texts: dict[str, list[str]] = {}
     for key, entry in compared.items():
-        model = teacher if key == "teacher" else entry.open()
+        if key not in loaded:
+            loaded[key] = entry.open()
         with console.bar(f"held-out text: {key}", unit="blocks") as step:
-            measured = quality(reference if model is teacher else model, run.test, teacher=reference, progress=step)
+            measured = quality(
+                reference if key == "teacher" else loaded[key], run.test, teacher=reference, progress=step
+            )
         if key != "cut":
-            texts[key] = continuations(model, tokenizer, prompts)
-        if options.speed and key == student:
-            speeds = speed({"teacher": teacher, student: model})
+            texts[key] = continuations(loaded[key], tokenizer, prompts)
+        if options.speed and (key == student or (key == "teacher" and not together)):
+            speeds |= speed(loaded)
         judged = key in ("teacher", student, "baseline") and tasks
         rows.append(
             {
@@ -51,10 +61,11 @@ def compare(run: Run) -> dict[str, Any]:
                 "parameters": entry.parameters,
                 "bytes": entry.bytes,
                 **asdict(measured),
-                "tasks": run_tasks(model, tokenizer, tasks, limit=options.limit) if judged else {},
+                "tasks": run_tasks(loaded[key], tokenizer, tasks, limit=options.limit) if judged else {},
             }
         )
-        del model  # before the next one comes
+        if key != "teacher" or not together:
+            del loaded[key]
     return {
         "tokens": run.test.num_tokens,
         "models": [row | (asdict(speeds[row["key"]]) if row["key"] in speeds else {}) for row in rows],
@@ -83,6 +94,19 @@ class _Model(NamedTuple):
     open: Callable[[], PreTrainedModel]
     parameters: int
     bytes: int
+
+
+def _fit(*models: _Model) -> bool:
+    """Whether there is memory for all of these at once."""
+    need = hardware.compute_dtype().itemsize * sum(model.parameters for model in models)
+    return need <= memory.ROOM * hardware.free_memory()
+
+
+def _by_itself(known: Dense) -> Dense:
+    """The same when the model is gone, of which it holds the head."""
+    weight_VD, bias_V = known.head.weight_VD.detach().clone(), known.head.bias_V
+    bias_V = None if bias_V is None else bias_V.detach().clone()
+    return replace(known, head=replace(known.head, weight_VD=weight_VD, bias_V=bias_V))
 
 
 def _compared(run: Run) -> dict[str, _Model]:

@@ -263,11 +263,15 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
 def _evaluation_memory(
     recipe: Recipe, first: Checkpoint, teacher: Checkpoint, target: Architecture, machine: Machine
 ) -> int:
-    """Bytes of the teacher and one student, on one GPU or on the CPU, where the teacher's states lie in any case."""
+    """Bytes of the teacher and one student, or of one after the other where both do not fit, see `comparison`. On the
+    CPU the teacher's states lie in any case."""
     if STAGES.index("evaluate") > STAGES.index(recipe.stop_after):
         return 0
-    states = recipe.data.heldout_tokens * teacher.architecture.hidden if machine.device == "cpu" else 0
-    return machine.dtype.itemsize * (teacher.parameters + _parameters(first, target) + states)
+    sizes, student, itemsize = teacher.architecture, _parameters(first, target), machine.dtype.itemsize
+    states = recipe.data.heldout_tokens * sizes.hidden if machine.device == "cpu" else 0
+    together = itemsize * (teacher.parameters + student + states)
+    apart = itemsize * (max(teacher.parameters, student + sizes.vocab * sizes.hidden) + states)
+    return together if together <= memory.ROOM * machine.memory else apart
 
 
 def _seconds(
