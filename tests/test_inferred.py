@@ -57,7 +57,9 @@ def test_what_it_costs_is_known(inferred):
     values = sizes.kv_rank + sizes.rope_dim if latent else 2 * sizes.kv_heads * sizes.head_dim
     assert cost.kv_bytes_per_token(inferred.family, shapes, sizes) == 2 * sizes.layers * values
     assert min(memory.repair(inferred, sizes, blocks=1, block_size=64).values()) > 0
-    assert legal_architectures(inferred.family, sizes, parse_budget(inferred, params="0.9x", kv_cache="1x"))
+    assert all(
+        limit.target > 0 for limit in parse_budget(inferred, memory="0.9x", kv_cache="0.9x", flops="0.9x").limits
+    )
 
 
 def test_a_type_without_a_file_is_cut_as_those_with_one(inferred, blocks, tmp_path):
