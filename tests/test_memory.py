@@ -168,9 +168,17 @@ def test_a_teacher_that_does_not_fit_beside_its_student_is_streamed(checkpoint):
         free = math.ceil(sum(memory.repair(checkpoint, target, **REPAIR, streamed=streamed).values()) / memory.ROOM) + 1
         assert memory.check_repair(checkpoint, target, **REPAIR, free=free).streamed == streamed
         assert memory.check_search(checkpoint, [target], **REPAIR, free=free).streamed == streamed
-    judged = math.ceil(memory.repair(checkpoint, target, **REPAIR)["teacher"] / memory.ROOM) - 1
+
+
+def test_a_teacher_that_is_streamed_for_the_search_fits_by_itself_before(checkpoint, monkeypatch):
+    def parts(*_, streamed=False, **__):
+        return {"teacher": 10 if streamed else 100, "student": 20, "streams": 0}
+
+    monkeypatch.setattr(memory, "repair", parts)
+    search = {"built": [checkpoint.architecture], "blocks": 1, "block_size": 1}
+    assert memory.check_search(checkpoint, **search, free=115) == memory.Fits({"teacher": 100}, streamed=True)
     with pytest.raises(DoesNotFit, match="Name the architecture"):
-        memory.check_search(checkpoint, [target.replace(layers=1)], blocks=0, block_size=1, free=judged)
+        memory.check_search(checkpoint, **search, free=105)
 
 
 def test_a_search_holds_what_its_largest_student_does(checkpoint):

@@ -344,11 +344,9 @@ def check_search(
     free = int(ROOM * (hardware.free_memory() if free is None else free))
     largest = max(built, key=lambda sizes: cost.parameters(teacher.family, teacher.layout, sizes))
     found = _first_fitting(teacher, largest, free, blocks=blocks, block_size=block_size, device=device)
-    alone = Fits(
-        {"teacher": repair(teacher, largest, blocks=0, block_size=1, device=device)["teacher"]}, streamed=False
-    )
-    advice = "Name the architecture (--arch): then there is no search."
-    return _checked("the search", max(found, alone, key=lambda each: sum(each.parts.values())), free, advice)
+    judged = repair(teacher, largest, blocks=0, block_size=1, device=device)["teacher"]
+    most = max(found, Fits({"teacher": judged}, found.streamed), key=lambda each: sum(each.parts.values()))
+    return _checked("the search", most, free, "Name the architecture (--arch): then there is no search.")
 
 
 def _first_fitting(teacher: Checkpoint, student: Architecture, free: int, **options: Any) -> Fits:

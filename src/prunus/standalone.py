@@ -63,8 +63,9 @@ def distill(
     pairs = hidden.pairs(learner, source, count=training.hidden_layers) if training.hidden_loss else None
     with tempfile.TemporaryDirectory() as folder:
         blocks = _blocks(data, source, options.tokens, Path(folder))
-        check_ids(blocks, learner, source)
         validation = _blocks(heldout, source, HELDOUT_TOKENS, Path(folder) / "heldout") if heldout else None
+        for text in filter(None, [blocks, validation]):
+            check_ids(text, learner, source)
         kind = options.teacher_cache
         kept = source if kind is None else _cached(source, blocks, kind, options, to)
         with console.bar("student", unit="tokens") as step, tracked(options.trackers, to.name) as track:
