@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from conftest import for_each_kind, tiny_model
 
 from prunus import experts, hardware
-from prunus.anatomy import layers_of
+from prunus.anatomy import layers_of, stored_tensors
 from prunus.depth import contiguous, contiguous_by_task, iterative, leave_one_out, logit_mse
 from prunus.elimination import removal_errors
 from prunus.errors import BadCheckpoint, BadRecipe
 from prunus.layerwise import Returned, branches_of, gram, has, weight_of
 from prunus.measure import load_statistics, measure, save_statistics
-from prunus.source import in_memory, on_disk, opened
+from prunus.source import filling, hollow, in_memory, on_disk, opened
 from prunus.weight_norms import HEADS
 
 
@@ -266,6 +266,16 @@ def test_layer_by_layer_from_disk_is_the_same(teacher, blocks):
     assert losses[0][0] == losses[1][0]
     assert torch.equal(losses[0][1], losses[1][1])
     assert all(weight.is_meta for weight in source.model.parameters())
+
+
+@for_each_kind
+def test_a_hollow_model_that_is_filled_is_the_whole_one(teacher):
+    model, expected = hollow(teacher, torch.float32), teacher.module(torch.float32).state_dict()
+    fill = filling(model, teacher, torch.float32)
+    for name in stored_tensors(model):
+        fill([name])
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_model_larger_than_memory_is_read_layer_by_layer(llama, monkeypatch):

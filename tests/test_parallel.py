@@ -123,6 +123,15 @@ def test_two_ranks_whose_first_step_is_the_students_own_text(setting, tmp_path):
     assert_same(tmp_path / "2", tmp_path / "1")
 
 
+@pytest.mark.parametrize("setting", ["llava"], indirect=True)
+@pytest.mark.parametrize("random_init", [False, True])
+def test_two_ranks_beside_a_vision_tower(setting, tmp_path, random_init):
+    """Which is not trained, but is as random as the rest where that is."""
+    for ranks in (1, 2):
+        trained(ranks, setting, tmp_path / str(ranks), random_init=random_init, settings={"tokens": 256})
+    assert_same(tmp_path / "2", tmp_path / "1")
+
+
 @pytest.mark.parametrize("setting", ["llama"], indirect=True)
 def test_a_batch_that_ranks_cannot_share_is_refused(setting, tmp_path):
     trained(2, setting, tmp_path / "a", settings={"batch_tokens": 96}, fails=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunus import anatomy, hardware, hidden, layerwise, memory, parallel, watch
@@ -22,9 +23,11 @@ from prunus.evaluate import quality
 from prunus.frozen import freeze
 from prunus.masters import Masters, ShardedMasters
 from prunus.schedule import Plan, Settings, learning_rate, plan
+from prunus.source import filling, hollow
 from prunus.step import STUDENT, Losses, accumulate
 from prunus.teacher import Cache, Live, Teacher, Text
 from prunus.text import Blocks
+from prunus.weights import Parts
 
 TRAINING_FILE = "training.json"
 CHECKPOINT_SECONDS = 120.0
@@ -130,9 +133,11 @@ def distill(
 
     # 1. The teacher, and a student in `dtype` with float32 masters.
     source = _opened(teacher, dtype, device)
-    model = _start(student, random_init, settings.seed, device)
+    # Ranks load what they will hold of it; but to the whole of it projectors are fitted.
+    whole = not parallel.world().several or (pairs is not None and pairs.channels is None)
+    model = _start(student, random_init, settings.seed, device if whole else None)
     losses = Losses(model, source, blocks, settings, pairs, state.micro_blocks, state.chunk_tokens)
-    masters = _masters(losses, dtype)
+    masters = _masters(losses, student, dtype)
     if gradient_checkpointing:
         # transformers renamed it in 5.2x; the old name goes in version 6.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -180,16 +185,14 @@ def distill(
     # 4. The result.
     saver.settle()
     record = training_record(schedule, state, state.seconds + time.monotonic() - started)
-    tensors = masters.weights(student.dtype, prefix=STUDENT)
-    untrained = anatomy.stored_tensors(model) if random_init else {}
-    tensors |= {
-        name: untrained[name].cpu() if name in untrained else student.tensor(name)
-        for name in student.stored
-        if name not in tensors
-    }
+    tensors: dict[str, Tensor | Parts] = {**masters.weights(student.dtype, prefix=STUDENT)}
+    if random_init:
+        untrained = {name: value for name, value in anatomy.stored_tensors(model).items() if not value.requires_grad}
+        tensors |= {name: parallel.whole(value).cpu() for name, value in untrained.items()}
 
     def write() -> None:
-        save(to, student.config, tensors, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
+        others = {name: stored.parts() for name, stored in student.stored.items() if name not in tensors}
+        save(to, student.config, tensors | others, like=student, extra_files={TRAINING_FILE: json.dumps(record)})
         shutil.rmtree(folder, ignore_errors=True)
 
     parallel.first_alone(write)
@@ -268,25 +271,28 @@ def _opened(teacher: Checkpoint | Cache | None, dtype: torch.dtype, device: torc
         return teacher or Text()
     if not parallel.world().several:
         return Live(freeze(teacher.module(dtype, device)))
-    live = Live(teacher.module(dtype).requires_grad_(False))
-    parallel.shard(live, live.model, dtype)
+    live = Live(hollow(teacher, dtype).requires_grad_(False))
+    parallel.shard(live, live.model, dtype, filling(live.model, teacher, dtype))
     return live
 
 
-def _masters(losses: Losses, dtype: torch.dtype) -> Masters:
+def _masters(losses: Losses, student: Checkpoint, dtype: torch.dtype) -> Masters:
     decay = losses.settings.weight_decay
     if not parallel.world().several:
         return Masters(losses, dtype, weight_decay=decay)
-    parallel.shard(losses, losses.student, dtype)
+    parallel.shard(losses, losses.student, dtype, filling(losses.student, student, torch.float32))
     return ShardedMasters(losses, dtype, weight_decay=decay)
 
 
-def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.device) -> PreTrainedModel:
+def _start(student: Checkpoint, random_init: bool, seed: int, device: torch.device | None) -> PreTrainedModel:
+    """A float32 model on the device; or, where its weights come there when it is sharded, without a device."""
     if random_init:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = from_config(student.config, torch.float32)
         model = hardware.place(model, device=device)
+    elif device is None:
+        model = hollow(student, torch.float32)
     else:
         model = student.module(torch.float32, device)
     for name, value in model.named_parameters():

@@ -92,11 +92,13 @@ class Masters:
 
     def weights(self, dtype: torch.dtype, *, prefix: str = "") -> dict[str, Tensor]:
         """Whole weights on the CPU, of the part whose names begin so, by the rest of their names. A collective: every
-        rank must call it."""
+        rank must call it, and the first alone gets them."""
         return {
-            name.removeprefix(prefix): parallel.whole(value.detach()).to("cpu", dtype)
+            name.removeprefix(prefix): whole.to("cpu", dtype)
             for name, value in self.values.items()
             if name.startswith(prefix)
+            for whole in [parallel.whole(value.detach())]
+            if parallel.world().first
         }
 
 

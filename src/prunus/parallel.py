@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ def share(items: list[Value]) -> list[Value]:
     return items[here.rank * part : (here.rank + 1) * part]
 
 
-def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype) -> None:
+def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype, fill: Callable[[Iterable[str]], None]) -> None:
     """Spread a model's float32 parameters over the ranks; each layer is gathered in `dtype` when it runs.
 
     Gradients are summed over the ranks, not averaged: the losses are divided by the tokens of all of them already.
@@ -150,11 +150,19 @@ def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype) -> None:
         root: the module whose forward uses the embedding and the output head, tied or not; they are gathered together
             with it and stay gathered until its backward pass.
         model: the part of `root` that holds the layers.
+        fill: gives tensors of `model` their values, by their names; so of a model that is not whole yet no rank ever
+            holds more than what is around the layers and one of them.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(hardware.device().type, (world().size,))
-    for layer in anatomy.layers_of(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    names = {module: f"{name}." for name, module in model.named_modules()}
+    layers = {names[layer]: layer for layer in anatomy.layers_of(model)}
+    tensors = list(anatomy.stored_tensors(model))
+    fill(name for name in tensors if not name.startswith(tuple(layers)))
+    hardware.place(model)
+    for prefix, layer in layers.items():
+        fill(name for name in tensors if name.startswith(prefix))
+        fully_shard(hardware.place(layer), mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     for module in root.modules():
         if isinstance(module, FSDPModule):

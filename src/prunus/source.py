@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -74,39 +75,60 @@ def in_memory(model: PreTrainedModel) -> Source:
 def on_disk(teacher: Checkpoint) -> Source:
     """A model that is never in memory whole."""
     dtype = hardware.fast_dtype(teacher.dtype)
-    model = hardware.place(teacher.skeleton(dtype))
-    for name, buffer in model.named_buffers():
-        module, _, own = name.rpartition(".")
-        model.get_submodule(module)._buffers[own] = buffer.to(hardware.device())
+    model = hollow(teacher, dtype).requires_grad_(False)
 
     @contextlib.contextmanager
     def filled(name: str) -> Iterator[nn.Module]:
-        module, prefix = model.get_submodule(name), f"{name}."
-        empty = anatomy.stored_tensors(module)
-        # A tied head has the embedding's weights under another name.
-        stored = {own: prefix + own if prefix + own in teacher.stored else _tied_to(teacher) for own in empty}
-        weights = {own: teacher.tensor(full) for own, full in stored.items()}
-        _assign(module, {own: w.to(dtype) if w.dtype == teacher.dtype else w for own, w in weights.items()})
+        module = model.get_submodule(name)
+        empty = {f"{name}.{own}": value for own, value in anatomy.stored_tensors(module).items()}
+        _fill(model, teacher, empty, dtype)
         try:
             yield hardware.place(module)
         finally:
-            _assign(module, empty)
+            _assign(model, empty)
 
     outer = teacher.stored.keys() & teacher.family.outer_weights.keys()  # of these what text runs through
     around = {name.rpartition(".")[0] for name in outer if not name.startswith(teacher.family.vision)}
     return Source(model, filled, around - {teacher.family.head})
 
 
-def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Let these be the module's parameters and buffers, without a copy where they are in place already."""
+def hollow(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without its weights, which lie on the meta device; its buffers are on the device."""
+    model = hardware.place(checkpoint.skeleton(dtype))
+    for name, buffer in model.named_buffers():
+        module, _, own = name.rpartition(".")
+        model.get_submodule(module)._buffers[own] = buffer.to(hardware.device())
+    return model
+
+
+def filling(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[Iterable[str]], None]:
+    """What gives tensors of a hollow model their values for good, by their names; those of a whole one have theirs."""
+
+    def fill(names: Iterable[str]) -> None:
+        _fill(model, checkpoint, names, dtype)
+        model.tie_weights()
+
+    return fill if any(weight.is_meta for weight in model.parameters()) else lambda _: None
+
+
+def _fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> None:
+    """What is stored in a wider type than the others stays in it. A tied head has the embedding's weights under another
+    name."""
+    embedding = f"{checkpoint.family.embedding}.weight"
+
+    def read(name: str) -> Tensor:
+        weight = checkpoint.tensor(name if name in checkpoint.stored else embedding)
+        return weight.to(dtype if weight.dtype == checkpoint.dtype else torch.promote_types(weight.dtype, dtype))
+
+    _assign(model, {name: read(name) for name in names})
+
+
+def _assign(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Let these be the model's parameters and buffers, without a copy where they are in place already."""
     for name, value in weights.items():
         path, _, own = name.rpartition(".")
-        owner, here = module.get_submodule(path), value if value.is_meta else value.to(hardware.device())
+        owner, here = model.get_submodule(path), value if value.is_meta else value.to(hardware.device())
         if own in owner._buffers:
             owner._buffers[own] = here
         else:
-            owner._parameters[own] = nn.Parameter(here, requires_grad=False)
-
-
-def _tied_to(teacher: Checkpoint) -> str:
-    return f"{teacher.family.embedding}.weight"
+            owner._parameters[own] = nn.Parameter(here, requires_grad=owner.get_parameter(own).requires_grad)
