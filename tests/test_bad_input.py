@@ -26,6 +26,8 @@ from prunus.pipeline import compress
 from prunus.recipe import STAGES
 from prunus.run import OUTPUTS, Run
 
+INDEXED = pytest.mark.slow
+"""lm-eval takes a quarter of a minute to list its tasks."""
 STAGE_LINE = re.compile(rf"({'|'.join(STAGES)}): [\d.]+ s")
 
 
@@ -395,7 +397,7 @@ def test_a_recipe_that_is_not_there(refused, tmp_path):
         (("--set", "score.layers=leave_one_out"), "measure.leave_one_out"),
         (("--set", "distill.seed=-1"), "distill.seed: Input should be greater than or equal to 0"),
         (("--set", "evaluate.prompts=['']"), "evaluate.prompts.0: String should have at least 1 character"),
-        (("--set", "evaluate.tasks=[arc_esay]"), "knows no task 'arc_esay'"),
+        pytest.param(("--set", "evaluate.tasks=[arc_esay]"), "knows no task 'arc_esay'", marks=INDEXED),
         (("--set", "data.block_size=4096"), "data.block_size: 4096 tokens, but the model knows 128 positions"),
     ],
 )
@@ -480,11 +482,12 @@ def test_an_impossible_goal_takes_no_results_away(invoke, started, tmp_path):
     [
         (("compress", "--redo", "--data", "typo.jsonl"), "typo.jsonl: no such file or folder"),
         (("compress", "--redo", "--set", "data.text_field=body"), "no column 'body' that holds text"),
-        (
+        pytest.param(
             ("prune", "--set", "distill.batch_tokens=64", "--set", "measure.contiguous_by_task=arc_esay"),
             "knows no task",
+            marks=INDEXED,
         ),
-        (("evaluate", "--tasks", "arc_esay"), "knows no task 'arc_esay'"),
+        pytest.param(("evaluate", "--tasks", "arc_esay"), "knows no task 'arc_esay'", marks=INDEXED),
         (("distill", "--set", "distill.batch_tokens=1M"), "distillation needs at least one step of 1000000 tokens"),
         (("distill", "--teacher", "other"), "--teacher: "),
         (("evaluate", "--data", "other.jsonl"), "--data: a run is measured on its own held-out text"),

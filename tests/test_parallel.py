@@ -138,6 +138,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(setting, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_ranks_run_the_whole_pipeline_together(whole_model, corpus, invoke, tmp_path):
     """The first rank does alone what is not the training, a tournament too. One process finds everything done."""
     flags = [*small_flags(corpus, tmp_path / "run"), "--set", "search.tokens=512"]

@@ -98,6 +98,7 @@ def test_layers_can_be_chosen_by_a_task(corpus, tmp_path):
         compress(make_recipe(teacher.folder, corpus, tmp_path / "other", measure=wrong, stop_after="score"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3"])
 def test_layers_of_several_kinds_go_through_all_stages(family, corpus, tmp_path):
     teacher = tiny_model(family, tmp_path / "model")

@@ -263,7 +263,12 @@ def test_there_are_two_hundred_draws():
     assert len(DRAWS) >= 200
 
 
-@pytest.mark.parametrize(("family_name", "draw"), DRAWS, indirect=["family_name"], scope="session")
+@pytest.mark.parametrize(
+    ("family_name", "draw"),
+    [pytest.param(family, draw, marks=[pytest.mark.slow] if draw else []) for family, draw in DRAWS],
+    indirect=["family_name"],
+    scope="session",
+)
 def test_so_it_does_for_axes_drawn_at_random(teacher, blocks, draw, tmp_path):
     student = cut_and_reload(teacher, drawn(teacher, draw), blocks, tmp_path)
     for model in (student, *([teacher.module(torch.float32)] if draw == 0 else [])):
@@ -272,6 +277,15 @@ def test_so_it_does_for_axes_drawn_at_random(teacher, blocks, draw, tmp_path):
 
 def drawn(teacher: Checkpoint, draw: int) -> Architecture:
     """A legal architecture in which about every other axis is cut; in the first draw as many as can be at once."""
+    if (teacher.folder, draw) not in _DRAWN:
+        _DRAWN[teacher.folder, draw] = _drawn(teacher, draw)
+    return _DRAWN[teacher.folder, draw]
+
+
+_DRAWN: dict[tuple[Path, int], Architecture] = {}
+
+
+def _drawn(teacher: Checkpoint, draw: int) -> Architecture:
     generator, sizes = random.Random(f"{teacher.family.model_type} {draw}"), teacher.architecture
     share, tries, best = (1.0, 30_000, sizes) if draw == 0 else (0.6, 10**9, sizes)
 

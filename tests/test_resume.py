@@ -29,6 +29,7 @@ def undisturbed(whole_model, corpus, tmp_path_factory) -> tuple[Path, str, str]:
     return root, *finish(*command(whole_model, corpus, root), *LONGER)
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(whole_model, corpus, undisturbed, tmp_path):
     moments, root = random.Random(0), tmp_path / "run"
     run = [*command(whole_model, corpus, root), *LONGER]
@@ -50,6 +51,7 @@ def files(root: Path) -> set[Path]:
     return {path.relative_to(root) for path in root.rglob("*")}
 
 
+@pytest.mark.slow
 def test_nothing_but_the_stages_is_said_on_stderr(undisturbed):
     """No bar and no warning of transformers, datasets or tqdm; a terminal gets our own bars instead."""
     _, stdout, stderr = undisturbed

@@ -85,6 +85,7 @@ def test_the_same_again_does_nothing_and_another_size_starts_anew(in_rounds):
         compress(other)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_between_its_rounds_ends_with_the_same_bits(in_rounds, tmp_path, monkeypatch):
     again = in_rounds.recipe.model_copy(update={"to": str(tmp_path / "run")})
     made, prune = [], pipeline.prune
@@ -113,6 +114,7 @@ def assert_same_bits(found, expected) -> None:
     assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(found).items())
 
 
+@pytest.mark.slow
 def test_a_run_in_rounds_is_redone_from_its_larger_student_on(whole_model, corpus, tmp_path):
     """As if it had been made with the new recipe in the first place."""
 
@@ -184,6 +186,7 @@ def test_each_size_is_cut_out_of_the_next_larger_one(several):
     assert all((small.root / file).samefile(large.root / file) for file in files)
 
 
+@pytest.mark.slow
 def test_a_size_whose_larger_one_was_redone_is_redone(whole_model, corpus, tmp_path):
     def made(name: str, rate: float, **options: bool) -> Run:
         settings = SMALL["distill"] | {"learning_rate": rate}

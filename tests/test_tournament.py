@@ -155,6 +155,7 @@ def test_a_run_with_a_tournament(invoke, whole_model, corpus, tmp_path):
     assert not (tmp_path / "run" / ".tournament").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "others",
     [
@@ -185,6 +186,7 @@ def test_a_redone_search_is_as_a_fresh_one(whole_model, corpus, tmp_path, monkey
     assert made("killed", **others) == made("ended", **others) == made("fresh", **others)
 
 
+@pytest.mark.slow
 def test_a_redo_that_is_killed_in_its_tournament_goes_on(whole_model, corpus, tmp_path, monkeypatch):
     def made(name: str, **changes: object) -> object:
         values = {"search": SMALL["search"] | {"tokens": 512}, "stop_after": "search"} | changes

@@ -80,6 +80,7 @@ assert (found - expected).norm() / expected.norm() < 1e-5
 """
 
 
+@pytest.mark.slow
 def test_transformers_alone_reads_it_with_the_code_that_goes_along(teacher, scores, blocks, tmp_path):
     student = pr.prune(teacher, scores, teacher.architecture.replace(layers=5), to=tmp_path / "student")
     tokens, _ = blocks.batch([0, 1])

@@ -201,6 +201,7 @@ def test_the_unknown_token_may_be_an_added_one():
     assert choose(PreTrainedTokenizerFast(tokenizer_object=raw), {}, 3).ids == [0, 1, 3]
 
 
+@pytest.mark.slow
 def test_a_model_learns_its_new_spelling(model, tmp_path, invoke):
     """From the command line: cut, and trained on so much of the text that it knows it better than before."""
     text = tmp_path / "text.jsonl"
