@@ -310,6 +310,7 @@ SMALL = {
     "search": {"candidates": 2, "probe_tokens": 256},
     "prune": {"tokens": 1024},
     "distill": {"tokens": 1024, "batch_tokens": 128},
+    "evaluate": {"speed": False},
 }
 """Recipe values of a run that takes seconds on a tiny model."""
 

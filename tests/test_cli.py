@@ -16,7 +16,6 @@ from prunus import checkpoint, hardware, recipe, weights
 from prunus.run import Run
 
 COMMANDS = ("compress", "inspect", "plan", "measure", "score", "search", "prune", "distill", "evaluate", "report")
-NO_SPEED = ("--set", "evaluate.speed=false")
 
 
 def done(result) -> str:
@@ -34,7 +33,7 @@ def as_json(result) -> dict:
 def run_folder(whole_model, corpus, tmp_path_factory):
     """A finished run, by one process of the real command."""
     root = tmp_path_factory.mktemp("cli") / "run"
-    command = [sys.executable, "-m", "prunus", "compress", str(whole_model), *small_flags(corpus, root), *NO_SPEED]
+    command = [sys.executable, "-m", "prunus", "compress", str(whole_model), *small_flags(corpus, root)]
     finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert set(json.loads(finished.stdout)["files"]) == set(recipe.STAGES)
     return root

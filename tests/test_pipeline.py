@@ -31,7 +31,8 @@ def make_recipe(model: Path, corpus: Path, to: Path, **changes: object) -> recip
 
 @pytest.fixture(scope="module")
 def run(whole_model, corpus, tmp_path_factory):
-    return compress(make_recipe(whole_model, corpus, tmp_path_factory.mktemp("runs") / "run", baseline=True))
+    to = tmp_path_factory.mktemp("runs") / "run"
+    return compress(make_recipe(whole_model, corpus, to, baseline=True, evaluate={"speed": True}))
 
 
 def test_every_stage_leaves_its_file(run):

@@ -13,7 +13,7 @@ from prunus import pipeline
 from prunus.recipe import STAGES
 from prunus.run import Run
 
-FLAGS = ["--set", "distill.checkpoint_seconds=0", "--set", "evaluate.speed=false"]
+FLAGS = ["--set", "distill.checkpoint_seconds=0"]
 LONGER = ["--set", "distill.tokens=4096"]
 STUDENT = "4-distilled/model.safetensors"
 
