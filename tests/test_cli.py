@@ -342,6 +342,7 @@ def make_gguf(file, folder) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 def test_distill_alone_heeds_every_setting(invoke, whole_model, corpus, tmp_path):
     """A student that was cut: from a cache with held-out losses, then live with hidden states."""
     run = tmp_path / "run"

@@ -51,6 +51,7 @@ def inferred(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return pr.load(folder)
 
 
+@pytest.mark.slow
 def test_what_it_costs_is_known(inferred):
     sizes, shapes = inferred.architecture, cost.shapes(inferred.family, inferred.layout)
     latent = "kv_rank" in sizes

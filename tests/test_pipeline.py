@@ -229,6 +229,7 @@ def test_training_from_a_cache(whole_model, corpus, tmp_path):
     assert run.finished("report")
 
 
+@pytest.mark.slow
 def test_a_baseline_can_be_added_later_and_stays(whole_model, corpus, tmp_path):
     root, seen, times = tmp_path / "run", [], set()
     for baseline in (False, True, False):

@@ -74,6 +74,7 @@ def test_ctrl_c_is_not_a_traceback(invoke, whole_model, corpus, tmp_path, monkey
     assert invoke(*command(whole_model, corpus, tmp_path / "run"), "--stop-after", "score").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(invoke, whole_model, corpus, tmp_path):
     straight, root = tmp_path / "straight", tmp_path / "run"
     assert invoke(*command(whole_model, corpus, straight), "--stop-after", "distill").exit_code == 0
@@ -131,6 +132,7 @@ def stop_after_steps(monkeypatch, count: int) -> list[int]:
     return steps
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_process_are_removed(invoke, whole_model, corpus, tmp_path):
     root = tmp_path / "run"
     run = command(whole_model, corpus, root)

@@ -129,6 +129,7 @@ def test_a_run_in_rounds_is_redone_from_its_larger_student_on(whole_model, corpu
     assert_same_bits(made("again", 1e-3, redo=True).distilled, made("fresh", 1e-3).distilled)
 
 
+@pytest.mark.slow
 def test_the_baseline_has_the_tokens_of_all_rounds(whole_model, corpus, tmp_path):
     values = {"params": "0.5x", "baseline": True, "stop_after": "distill"}
     run = compress(make_recipe(whole_model, corpus, tmp_path / "run", **values))
@@ -139,6 +140,7 @@ def test_the_baseline_has_the_tokens_of_all_rounds(whole_model, corpus, tmp_path
     assert baseline == larger + student == SMALL["distill"]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_limit_that_the_larger_student_keeps_already(whole_model, corpus, tmp_path):
     run = compress(make_recipe(whole_model, corpus, tmp_path / "run", params="0.5x", kv_cache="0.9x"))
     params, kv_cache = json.loads((run.root / "5-report.json").read_text())["budget"]["limits"]
