@@ -75,10 +75,16 @@ QWEN3_5 = {
     "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, **MULTIMODAL_ROPE,
 }  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 4.0,
+}  # fmt: skip
 OWN = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen3": {"tie_word_embeddings": True},
+    "granite": GRANITE,
+    "granite_swa": GRANITE | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8,
+                              "layer_rope_theta": [0, 1e4, 500, 1e4]},
     "qwen2_moe": {"mlp_only_layers": [1]},
     "olmoe": {"num_key_value_heads": 3},
     "deepseek_v3": {"num_key_value_heads": 6, "head_dim": 4},
@@ -98,7 +104,11 @@ OWN = {
     "hunyuan_v1_moe": {"num_experts_per_tok": [2] * 4, "moe_intermediate_size": [40] * 4, "num_shared_expert": [1] * 4},
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mamba_norm_before_gate": False,
+                  "mlp_multipliers": [0.8, 0.4], "ssm_multipliers": [0.9, 0.8, 1.2, 0.7, 1.1],
+                  "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.7, "attention_in_multiplier": 0.9,
+                  "attention_out_multiplier": 0.6, "key_multiplier": 1.3, "embedding_multiplier": 2.0,
+                  "lm_head_multiplier": 0.5},
     "nemotron_h": {
         "layer_types": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8,
         "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16, "moe_shared_expert_intermediate_size": 28,
@@ -178,6 +188,7 @@ VARIANTS = {
     "granitemoehybrid, attention alone": {"num_local_experts": 0, "layer_types": ["full_attention"] * 4},
     "jamba, dense": {"num_experts": 1},
     "falcon_h1, without a norm": {"mamba_rms_norm": False},
+    "gpt2, attention divided by the layer's number": {"scale_attn_by_inverse_layer_idx": True},
     "falcon, multi-query": {"new_decoder_architecture": False},
     "falcon, one norm": {"num_ln_in_parallel_attn": 1},
 }

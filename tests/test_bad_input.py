@@ -396,6 +396,16 @@ def test_a_recipe_that_is_not_there(refused, tmp_path):
         (("--set", "score.ffn=reconstruction", "--set", "measure.grams=false"), "measure.grams"),
         (("--set", "score.layers=leave_one_out"), "measure.leave_one_out"),
         (("--set", "distill.seed=-1"), "distill.seed: Input should be greater than or equal to 0"),
+        (("--set", "distill.teacher_cache=false"), "distill.teacher_cache: 'False' is unknown; one of samples"),
+        (("--set", "distill.trackers=[false]"), "'False' is unknown; one of tensorboard"),
+        (("--set", "distill.tokens=true"), "distill.tokens: True is not a number"),
+        (("--set", f"distill.tokens={'9' * 400}B"), "is more than any quantity"),
+        (("--set", f"distill.seed={10**22}"), "distill.seed"),
+        (("--set", "data.heldout=~nobody-here/x"), "data: ~nobody-here/x"),
+        (("--set", "to=2026-13-01"), "the value is not YAML"),
+        (("--set", "data.block_size=1"), "data.block_size: Input should be greater than or equal to 2"),
+        (("--set", "distill.divergence=jsd", "--set", "distill.teacher_cache=top_k"), "top_k give forward_kl only"),
+        (("--set", "distill.hidden_loss=mse", "--set", "distill.teacher_cache=hidden"), "hidden_loss: a cache has"),
         (("--set", "evaluate.prompts=['']"), "evaluate.prompts.0: String should have at least 1 character"),
         pytest.param(("--set", "evaluate.tasks=[arc_esay]"), "knows no task 'arc_esay'", marks=INDEXED),
         (("--set", "data.block_size=4096"), "data.block_size: 4096 tokens, but the model knows 128 positions"),
@@ -403,6 +413,26 @@ def test_a_recipe_that_is_not_there(refused, tmp_path):
 )
 def test_options(whole_model, refused, options, words):
     assert words in refused(whole_model, *options)
+
+
+@pytest.mark.parametrize("query", ["{{ q + n }}", "{{ n / 0 }}", "{{ range(q) }}"])
+def test_a_task_whose_template_fails_on_its_row(whole_model, refused, tmp_path, query):
+    (tmp_path / "task.jsonl").write_text(json.dumps({"q": "a", "n": 1, "choices": ["a", "b"], "gold": 0}) + "\n")
+    task = {"name": "mine", "file": str(tmp_path / "task.jsonl"), "query": query, "choices": "choices", "gold": "gold"}
+    assert f"query {query!r}" in refused(whole_model, "--set", f"evaluate.tasks=[{json.dumps(task)}]")
+
+
+def test_a_task_that_is_not_utf8(whole_model, refused, tmp_path):
+    (tmp_path / "task.jsonl").write_bytes(b'{"q": "\xff"}\n')
+    task = {"name": "mine", "file": str(tmp_path / "task.jsonl"), "query": "{{ q }}", "choices": "c", "gold": "g"}
+    assert "is not JSON lines" in refused(whole_model, "--set", f"evaluate.tasks=[{json.dumps(task)}]")
+
+
+def test_a_data_set_of_the_hub_without_an_end(invoke, whole_model, tmp_path):
+    options = ("--teacher", str(whole_model), "--data", "owner/all-of-it", "--to", str(tmp_path / "student"))
+    result = invoke("distill", str(whole_model), *options)
+    assert result.exit_code == 2
+    assert "say how much of it to read" in result.stderr
 
 
 def test_an_unknown_option_and_command(invoke, whole_model):

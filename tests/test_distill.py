@@ -8,6 +8,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import add_tokenizer, tiny_model, weights_of
@@ -251,6 +252,33 @@ def test_a_loss_that_is_no_number_does_not_reach_the_next_step():
     settings = Settings(hidden_loss="mse", hidden_weight=3.0)
     assert hidden_weight([good, bad], settings) == hidden_weight([good], settings) == 12.0
     assert hidden_weight([bad], settings) == 0.0
+
+
+def test_hidden_states_weigh_against_the_divergence_of_steps_of_their_kind():
+    text, own = {"loss": 0.4, "hidden_loss": 0.1}, {"loss": 2.0, "hidden_loss": 0.1}
+    settings = Settings(hidden_loss="mse", on_policy_share=0.5)
+    assert [hidden_weight([text, own, text, own][:done], settings) for done in range(1, 5)] == [0.0, 4.0, 20.0, 4.0]
+
+
+def test_text_that_says_nothing_of_a_next_token_is_refused(setting, tmp_path):
+    _, _, text = setting
+    alone = dataclasses.replace(text, positions=np.zeros_like(text.positions))
+    with pytest.raises(BadData, match="nothing can be learnt"):
+        trained((*setting[:2], alone), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_is_stored_in_float32_beside_a_shorter_type_stays_so(setting, tmp_path):
+    teacher, _, text = setting
+    student = pr.load(teacher.folder)
+    model = student.module(torch.bfloat16)
+    tensors = model.state_dict() | {"model.norm.weight": torch.full((48,), 1.0009765625)}
+    tensors.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    mixed = save(tmp_path / "mixed", student.config, tensors, like=student)
+    written = distill(mixed, teacher, text, to=tmp_path / "a", settings=FAST)
+    types = {name: stored.parts().dtype for name, stored in written.stored.items()}
+    assert types.pop("model.norm.weight") == torch.float32
+    assert set(types.values()) == {torch.bfloat16}
 
 
 def test_repeated_bad_steps_go_back_and_slow_down(setting, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import for_each_kind
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import (
@@ -94,6 +95,15 @@ def test_documents_of_a_pack_do_not_see_each_other(build) -> None:
         torch.testing.assert_close(packs[block, start:stop], alone[0], rtol=1e-4, atol=1e-5)
     unaware = model(tokens_BS, use_cache=False).logits
     assert (unaware - packs)[0, 5:].abs().max() > 0.01, "the test would not notice a leak"
+
+
+@for_each_kind
+@torch.no_grad()
+def test_what_is_generated_with_a_cache_is_what_the_whole_text_gives(teacher) -> None:
+    model, text = teacher.module(torch.float32), torch.tensor([[5, 9, 3, 7, 11, 6]])
+    for token in itertools.islice(evaluate._greedy(model, text), 4):
+        assert token == int(model(input_ids=text, use_cache=False).logits[0, -1].argmax())
+        text = torch.cat([text, torch.tensor([[token]])], dim=1)
 
 
 @FAMILIES

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import add_tokenizer, small_flags, tiny_model, weights_of
 from ranks import run
+from torch.distributed.checkpoint import CheckpointException
 
 import prunus as pr
 from prunus import parallel
@@ -183,6 +185,17 @@ def test_states_follow_each_other_whole(tmp_path, background):
     assert sorted(path.name for path in folder.iterdir()) == [".partial", "2"]
 
 
+def test_a_damaged_state_is_named(tmp_path):
+    folder = tmp_path / "state"
+    parallel.Saver(folder, background=False).save({"a": torch.zeros(3)}, {})
+    with pytest.raises(BadOutput, match="cannot be read"):
+        parallel.load_state({"a": torch.zeros(5)}, folder)
+    (file,) = folder.glob("*/*.safetensors")
+    file.write_bytes(b"")
+    with pytest.raises(BadOutput, match="cannot be read"):
+        parallel.load_state({"a": torch.zeros(3)}, folder)
+
+
 def test_a_failure_in_the_background_is_not_lost(tmp_path):
     folder = tmp_path / "state"
     saver = parallel.Saver(folder, background=True)
@@ -191,7 +204,8 @@ def test_a_failure_in_the_background_is_not_lost(tmp_path):
     saver.save({"a": torch.zeros(3)}, {"step": 1})
     saver.pending.result()
     saver.pending = Future()
-    saver.pending.set_exception(OSError(errno.ENOSPC, "No space left on device"))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    saver.pending.set_exception(CheckpointException("", {0: (full, traceback.StackSummary())}))
     with pytest.raises(BadOutput, match="space"):
         saver.settle()
     assert parallel.load_record(folder) == {}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -169,7 +170,8 @@ def test_candidates_are_cut_as_the_student_will_be(whole_model, corpus, tmp_path
     options["search"] = SMALL["search"] | {"candidates": 1}
     made = compress(make_recipe(whole_model, corpus, tmp_path / "run", params="0.5x", rounds=False, **options))
     (chosen,) = (each for each in made.candidates["candidates"] if each["chosen"])
-    assert quality(made.pruned.module(), made.validation).loss == pytest.approx(chosen["measured"]["loss"], rel=1e-5)
+    student = hardware.place(made.pruned.module(), dtype=hardware.compute_dtype())
+    assert quality(student, made.validation).loss == pytest.approx(chosen["measured"]["loss"], rel=1e-5)
 
 
 def test_a_second_call_changes_nothing(run):
@@ -281,3 +283,42 @@ def test_a_model_larger_than_memory_is_measured_and_cut(whole_model, corpus, tmp
     )
     assert done.exit_code == 0, done.stderr
     assert load(tmp_path / "run" / "3-pruned").architecture.ffn == 24
+
+
+def test_a_page_without_the_baseline_that_is_wanted_is_refused(run, invoke, tmp_path):
+    """An evaluation that lacks it would have to be made again, which a page alone is not worth."""
+    copy = shutil.copytree(run.root, tmp_path / "run")
+    shutil.rmtree(copy / "4-baseline")
+    refused = invoke("report", str(copy), "--baseline")
+    assert refused.exit_code == 2
+    assert "no baseline" in refused.stderr
+    assert invoke("compress", str(copy), "--baseline", "--stop-after", "prune").exit_code == 0
+    assert (copy / "5-evaluation.json").read_text() == (run.root / "5-evaluation.json").read_text()
+    assert (copy / "report.html").is_file()
+
+
+def test_a_mistake_in_a_task_is_told_before_a_finished_run_is_trained_again(run, invoke, tmp_path):
+    copy = shutil.copytree(run.root, tmp_path / "run")
+    task = json.dumps({"name": "a", "file": "nowhere.jsonl", "query": "{{ q }}", "choices": "c", "gold": "g"})
+    changes = ("--redo", "--set", "distill.learning_rate=1e-4", "--set", f"evaluate.tasks=[{task}]")
+    refused = invoke("compress", str(copy), *changes)
+    assert refused.exit_code == 2
+    assert "no such file" in refused.stderr
+    assert (copy / "4-distilled" / "model.safetensors").is_file()
+
+
+def test_a_run_inside_the_folder_of_its_text_does_not_read_itself(whole_model, corpus, tmp_path, invoke):
+    shutil.copy(corpus, tmp_path / "text.jsonl")
+    flags = (*small_flags(tmp_path, tmp_path / "run"), "--stop-after", "text")
+    for _ in range(2):
+        assert invoke("compress", str(whole_model), *flags).exit_code == 0
+
+
+def test_here_is_a_folder_for_the_result(whole_model, corpus, tmp_path, invoke, monkeypatch):
+    monkeypatch.chdir(tmp_path / "..")
+    (tmp_path / "student").mkdir()
+    monkeypatch.chdir(tmp_path / "student")
+    settings = ("--set", "teacher_cache=samples", "--tokens", "1k", "--to", ".")
+    told = invoke("distill", str(whole_model), "--teacher", str(whole_model), "--data", str(corpus), *settings)
+    assert told.exit_code == 0, told.stderr
+    assert load(tmp_path / "student").parameters > 0

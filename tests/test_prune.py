@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, VARIANTS, builder, for_each_kind, seen, tiny_model, weights_of
+from conftest import GRANITE, KINDS, VARIANTS, builder, for_each_kind, seen, tiny_model, weights_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -357,10 +357,17 @@ def test_repair_is_the_same_with_a_teacher_from_the_disk(teacher, blocks):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("ernie4_5_moe", {"use_bias": True}), ("nemotron_h", {"mlp_bias": True})]
+    ("name", "options"),
+    [
+        ("ernie4_5_moe", {"use_bias": True}),
+        ("nemotron_h", {"mlp_bias": True}),
+        ("falcon_h1", {}),
+        ("idefics3", {"model_type": "granite", **GRANITE}),
+    ],
 )
 def test_repair_changes_nothing_where_nothing_was_lost(name, options, blocks, tmp_path):
-    """A shared expert is fitted to what the routed ones leave, of which its own bias is no part."""
+    """A shared expert is fitted to what the routed ones leave, of which its own bias is no part; and factors that a
+    module, or a decoder beside a vision tower, puts on what it writes are no part of a weight."""
     teacher = tiny_model(name, tmp_path, **options)
     student = cut(teacher, score(measure(teacher, blocks, gradients=False)), teacher.architecture)
     expected = read(teacher.module(), blocks)
@@ -459,3 +466,18 @@ def test_a_checkpoint_that_loads_otherwise_is_not_kept(llama, tmp_path):
     with pytest.raises(BadCheckpoint, match=r"q_proj\.bias, which is no part"):
         save(tmp_path / "out", llama.config, weights_of(llama) | biases, like=llama)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bias_that_chooses_experts_keeps_its_bits_through_the_repair(blocks, tmp_path, monkeypatch):
+    """It is stored in float32 beside bfloat16 weights, and differences that this rounds off choose."""
+    teacher = tiny_model("deepseek_v3", tmp_path / "model")
+    name = next(name for name in teacher.stored if name.endswith("e_score_correction_bias"))
+    short = {key: value.bfloat16() for key, value in weights_of(teacher).items()}
+    bias = 14.4 + torch.arange(6) / 1000
+    mixed = save(tmp_path / "mixed", teacher.config, short | {name: bias}, like=teacher)
+    monkeypatch.setattr(hardware, "compute_dtype", lambda: torch.bfloat16)
+    scores, target = scored(mixed, blocks), mixed.architecture.replace(ffn=24)
+    assert torch.equal(build(cut(mixed, scores, target), torch.bfloat16).state_dict()[name], bias)
+    student = prune(mixed, scores, target, to=tmp_path / "student", calibration=blocks)
+    assert torch.equal(student.tensor(name), bias)
+    assert student.stored["lm_head.weight"].parts().dtype == torch.bfloat16

@@ -161,5 +161,5 @@ def test_scores_that_need_a_measurement():
 
 
 def test_a_cache_cannot_judge_what_the_student_will_write():
-    with pytest.raises(BadRecipe, match=r"distill\.on_policy_share: a cache knows nothing"):
+    with pytest.raises(BadRecipe, match="distill: on_policy_share: a cache knows nothing"):
         parse(LEAST | {"distill": {"on_policy_share": 0.5, "teacher_cache": "samples"}}, source="test")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from prunus.checkpoint import load
 from prunus.errors import BadOutput, BadRecipe, BudgetUnreachable, Stopped
 from prunus.pipeline import compress
 from prunus.recipe import STAGES
+from prunus.rounds import Rounds
 from prunus.run import LARGER, Run, is_run
 from prunus.sizes import members
 
@@ -257,3 +259,24 @@ def test_workers_without_ray_or_work_are_refused_at_once(whole_model, corpus, tm
     with pytest.raises(BadRecipe, match=r"prunus\[ray\]"):
         compress(make_recipe(whole_model, corpus, tmp_path / "run", search={"workers": 2, "tokens": 512}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_sizes_may_be_moved_and_their_page_goes_with_what_it_shows(several, invoke, tmp_path):
+    moved = shutil.copytree(several.to, tmp_path / "moved")
+    weights = [moved / size / "4-distilled" / "model.safetensors" for size in ("0.9x", "0.7x")]
+    before = [file.stat().st_mtime_ns for file in weights]
+    assert invoke("report", str(moved)).exit_code == 0
+    assert invoke("evaluate", str(moved)).exit_code == 0
+    assert [file.stat().st_mtime_ns for file in weights] == before
+    assert not (moved / "report.html").exists()
+    assert invoke("compress", str(moved)).exit_code == 0
+    assert (moved / "report.html").is_file()
+
+
+def test_a_start_that_keeps_one_of_two_limits_is_cut_once(in_rounds, corpus, tmp_path):
+    student = in_rounds.distilled
+    limits = {"params": "0.95x", "memory": "0.3x", "start": str(student.folder)}
+    made = Run(tmp_path / "run", make_recipe(Path(in_rounds.recipe.model), corpus, tmp_path / "run", **limits))
+    assert student.parameters < 0.95 * made.teacher.parameters
+    assert made.rounds == Rounds()

@@ -5,12 +5,14 @@ import sys
 import pytest
 import torch
 from conftest import add_tokenizer, for_each_kind, tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus import cost, memory
-from prunus.budget import CONTEXT, LIMITS, parse_budget, parse_quantity
+from prunus.anatomy import stored_tensors
+from prunus.budget import CONTEXT, LIMITS, Budget, Costs, Limit, parse_budget, parse_quantity
 from prunus.documents import documents
 from prunus.errors import BadRecipe, BudgetUnreachable
+from prunus.families import family_of
 from prunus.importance import score
 from prunus.measure import measure
 from prunus.search import lost_share, probe_architectures, search
@@ -241,3 +243,22 @@ def test_axes_that_are_tied_weigh_alike(text, tmp_path):
     scores, budget = score(measure(teacher, text.head(8))), parse_budget(teacher, params="0.75x")
     found = search(teacher, scores, budget, calibration=text.head(8), heldout=text.select(range(8, 16)), candidates=1)
     assert found.probes["hidden"] == found.probes["heads"] != 1.0
+
+
+def test_a_large_hybrid_may_lose_layers_and_channels():
+    """Of its many axes all sizes together are too many to try; those that cannot meet the budget must not stand in the
+    way of those that can."""
+    pattern = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    sizes = {"hidden_size": 4096, "intermediate_size": 21504, "num_attention_heads": 32, "num_key_value_heads": 8}
+    mamba = {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8}
+    config = AutoConfig.for_model("nemotron_h", hybrid_override_pattern=pattern, head_dim=128, **sizes, **mamba)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    family = family_of("nemotron_h", config)
+    layout = cost.layout(family, {name: tuple(t.shape) for name, t in stored_tensors(model).items()})
+    whole = family.architecture(config)
+    whole = whole.only(family.sizes(unit for units in layout.values() for unit in units))
+    costs = Costs(family, cost.shapes(family, layout), 2)
+    limit = Limit("params", "0.9x", round(0.9 * costs.parameters(whole)))
+    found = legal_architectures(family, whole, Budget(costs, (limit,)))
+    assert all(len({each[axis] for each in found}) > 4 for axis in ("layers", "hidden"))

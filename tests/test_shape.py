@@ -24,7 +24,7 @@ LAYERS = """
     row_blocks fused memory prune pieces vocabulary shared_tokens evaluate tasks
     schedule masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
-    console mistakes recipe sides rounds run claims goal sizes comparison results summary
+    console mistakes fields recipe sides rounds run claims goal comparison results sizes summary
     inspection planning standalone pipeline cli __main__
 """
 ORDER = re.split(r"\s+", LAYERS.strip())

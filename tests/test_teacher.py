@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,3 +208,19 @@ def test_a_cache_that_does_not_fit_the_training_is_refused(setting, tmp_path, ch
         trained((cache, student, text), tmp_path / "student", settings=dataclasses.replace(FAST, **change))
     with pytest.raises(BadData, match="another text"):
         trained((cache, student, text.head(20)), tmp_path / "student")
+
+
+def test_few_files_are_open_at_once(setting, tmp_path, monkeypatch):  # noqa: F811
+    """A process may have about a thousand, and a cache of many tokens has more."""
+    monkeypatch.setattr(teachers, "SHARD_BLOCKS", 1)
+    cache, (_, _, text) = cached(setting, tmp_path / "cache"), setting
+    assert len(text) > 2 * teachers.OPEN_FILES
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in range(len(text)):
+        cache.targets([number], *text.batch([number]))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + teachers.OPEN_FILES
+
+
+def test_of_all_ids_one_is_left_for_the_others(setting):  # noqa: F811
+    teacher, _, text = setting
+    assert describe(teacher, text, kind="top_k", per_token=10**6).per_token == teacher.architecture.vocab - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,7 +152,10 @@ def parse_quantity(text: str, suffixes: Mapping[str, int] = SUFFIXES) -> float:
     if match is None or match[2].lower() not in suffixes:
         examples = "200k, 95M or 180MB" if suffixes is SUFFIXES else "40ms"
         raise ValueError(f"{text!r} is not a quantity such as {examples}")
-    return float(match[1].replace("_", "")) * suffixes[match[2].lower()]
+    number = float(match[1].replace("_", "")) * suffixes[match[2].lower()]
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]}… is more than any quantity")
+    return number
 
 
 def parse_share(text: str) -> float | None:

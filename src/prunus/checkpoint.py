@@ -145,7 +145,7 @@ class Checkpoint:
                 return AutoTokenizer.from_pretrained(self.folder)
         except Exception as error:  # missing files and damaged ones each raise their own
             raise BadCheckpoint(
-                f"{self.name}: its tokenizer cannot be read ({str(error).splitlines()[0]}). "
+                f"{self.name}: its tokenizer cannot be read ({one_line(error)}). "
                 "Put tokenizer.json and tokenizer_config.json into the folder."
             ) from error
 
@@ -169,9 +169,10 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy for a model that learns from a teacher: what is dropped at random would be noise on a full distribution.
     The config that goes with the weights keeps what it says."""
     quiet = copy.deepcopy(config)
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
-            setattr(quiet, key, 0.0)
+    for part in (quiet, quiet.get_text_config()):
+        for key, value in part.to_dict().items():
+            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+                setattr(part, key, 0.0)
     return quiet
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -121,7 +122,8 @@ def _stale(run: Run, redo: bool, redo_stage: str | None) -> list[str]:
     again = redo_stage is not None and run.finished(redo_stage)
     first = min(stale_from, STAGES.index(redo_stage) if redo_stage and again else len(STAGES))
     outputs = [name for stage in STAGES[first:] for name in _outputs(stage)]
-    if run.recipe.baseline and not (run.root / BASELINE).exists():
+    trains = STAGES.index(run.recipe.stop_after) >= STAGES.index("distill")
+    if run.recipe.baseline and trains and not (run.root / BASELINE).exists():
         outputs += [*OUTPUTS["evaluate"], *OUTPUTS["report"]]  # they lack the baseline, which is wanted now
     return outputs
 
@@ -148,7 +150,14 @@ def _begun(output: Path) -> bool:
 def _changed_keys(stage: str, old: Recipe, new: Recipe) -> list[str]:
     before, after = (recipe.model_dump(exclude=WITHOUT_EFFECT) for recipe in (old, new))
     keys = [*DEPENDS_ON[stage], *(["distill"] if stage == "search" and new.search.tokens else [])]
-    return [key for key in keys if _value(before, key) != _value(after, key)]
+    changed = [key for key in keys if _value(before, key) != _value(after, key)]
+    return [key for key in changed if key != "start" or not _same_place(old, new)]
+
+
+def _same_place(old: Recipe, new: Recipe) -> bool:
+    """Whether both start from what lies at one place beside the run, which may have been moved with it."""
+    places = [each.start and os.path.relpath(each.start, Path(each.to).parent) for each in (old, new)]
+    return places[0] == places[1]
 
 
 def _value(recipe: dict[str, Any], key: str) -> object:

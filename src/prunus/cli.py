@@ -90,7 +90,7 @@ def _settings(settings: list[str] | None) -> dict[str, Any]:
             raise BadRecipe(f"--set {setting!r}: write KEY=VALUE, such as distill.learning_rate=1e-4")
         try:
             values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a ValueError of dates that are none
             raise BadRecipe(f"--set {setting!r}: the value is not YAML: {error}") from error
     return values
 

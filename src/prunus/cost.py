@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,16 @@ def parameters(
     family: Family, tensors: Layout, architecture: Architecture, ranking: Sequence[int] | None = None
 ) -> int:
     return total(shapes(family, tensors, ranking), architecture)
+
+
+def at_once(family: Family, layout: Layout, sizes: Architecture) -> int:
+    """Parameters that a walk from the disk, or a rank of several, holds: what stands around the layers, and the largest
+    of these twice, since dropped layers run behind the one that is fitted to, and ranks gather the next one ahead."""
+    counts: Counter[int | None] = Counter()
+    for name, units in layout.items():
+        counts[family.split(name)[0]] += math.prod(dims.size(unit, sizes) for unit in units)
+    around = counts.pop(None, 0)
+    return around + min(2 * max(counts.values()), sum(counts.values()))
 
 
 def flops_per_token(family: Family, shapes: Shapes, architecture: Architecture, *, context: int = 0) -> int:

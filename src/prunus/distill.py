@@ -26,7 +26,7 @@ from prunus.schedule import Plan, Settings, learning_rate, plan
 from prunus.source import filling, hollow
 from prunus.step import STUDENT, Losses, accumulate
 from prunus.teacher import Cache, Live, Teacher, Text
-from prunus.text import Blocks
+from prunus.text import Blocks, targets
 from prunus.weights import Parts
 
 TRAINING_FILE = "training.json"
@@ -185,7 +185,8 @@ def distill(
     # 4. The result.
     saver.settle()
     record = training_record(schedule, state, state.seconds + time.monotonic() - started)
-    tensors: dict[str, Tensor | Parts] = {**masters.weights(student.dtype, prefix=STUDENT)}
+    dtypes = {name: stored.parts().dtype for name, stored in student.stored.items()}
+    tensors: dict[str, Tensor | Parts] = {**masters.weights(dtypes, prefix=STUDENT)}
     if random_init:
         untrained = {name: value for name, value in anatomy.stored_tensors(model).items() if not value.requires_grad}
         tensors |= {name: parallel.whole(value).cpu() for name, value in untrained.items()}
@@ -239,6 +240,8 @@ def _check(
             f"a step of {schedule.batch_blocks} blocks cannot be shared evenly by {ranks} ranks; "
             f"set distill.batch_tokens to a multiple of {ranks * schedule.block_size:,}"
         )
+    if not any(targets(*blocks.batch([number])).any() for number in range(len(blocks))):
+        raise BadData("no token of the training text has another one of its document behind it: nothing can be learnt")
     if isinstance(teacher, Cache):
         found = teacher.manifest
         wrong = [
@@ -386,6 +389,7 @@ def _fitting(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         ranks=parallel.world().size,
+        divergence=settings.divergence,
     )
     if settings.micro_blocks:
         return settings.micro_blocks, need.chunk_tokens

@@ -25,7 +25,7 @@ from huggingface_hub.utils import logging as hub_logging
 from pyarrow import parquet, types
 from transformers import PreTrainedTokenizerBase
 
-from prunus.errors import BadData
+from prunus.errors import BadData, BadRecipe
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".rst": "text"}
 OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".zst": zstandard.open}
@@ -104,6 +104,12 @@ def _reader(file: Path) -> str | None:
     return READERS.get(name.suffix.lower())
 
 
+def check_ends(source: str, tokens: int | None) -> None:
+    """Raises BadRecipe where a data set of the hub would be read without end."""
+    if tokens is None and not Path(source).exists() and HUB_ID.fullmatch(source):
+        raise BadRecipe(f"{source!r} is on the hub; say how much of it to read (--tokens 10M)")
+
+
 def _files(path: Path) -> list[Path]:
     readable = f"Prunus reads {', '.join(READERS)}, also as {' or '.join(OPENERS)}"
     if path.is_file():
@@ -112,6 +118,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    runs = [file.parent for file in files if file.name == "run.json" and (file.parent / "recipe.yaml").is_file()]
+    files = [file for file in files if not any(run in file.parents for run in runs)]  # what we made of text is none
     if not files:
         raise BadData(f"{path}: no readable file in this folder. {readable}; put some there or give another folder.")
     return files

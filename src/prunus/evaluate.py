@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -275,12 +276,17 @@ def _prefill_and_decode_seconds(model: PreTrainedModel, prompt_tokens: int, new_
     return times[0] - start, times[-1] - times[0]
 
 
+CACHES = ("past_key_values", "cache_params")
+"""What models call what they remember of earlier tokens."""
+
+
 def _greedy(model: PreTrainedModel, tokens_1S: Tensor) -> Iterator[int]:
     """The most likely next token, again and again, with a KV cache. The first step includes the prefill."""
-    cache = None
+    cache: dict[str, Any] = {}
     while True:
-        out = model(input_ids=tokens_1S, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, tokens_1S = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=tokens_1S, use_cache=True, logits_to_keep=1, **cache)
+        cache = {name: out[name] for name in CACHES if name in out}
+        tokens_1S = out.logits[:, -1:].argmax(-1)
         yield int(tokens_1S)  # the copy to the CPU waits for the device, so a clock around a step is right
 
 

@@ -93,8 +93,10 @@ def sha256(file: Path) -> bytes:
     kept = cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
     if not kept.exists():
         digest = _sha256(file)
-        with atomic_file(kept) as partial:
+        # Where there is no place to keep it, it is computed again.
+        with contextlib.suppress(OSError, BadOutput), atomic_file(kept) as partial:
             partial.write_text(digest.hex())
+        return digest
     return bytes.fromhex(kept.read_text())
 
 

@@ -8,6 +8,7 @@ from prunus.errors import BadRecipe
 from prunus.recipe import STAGES
 from prunus.run import Run
 from prunus.selection import check_legal
+from prunus.shared_tokens import check_padding
 from prunus.space import legal_architectures
 
 
@@ -21,8 +22,10 @@ def check_goal(run: Run) -> None:
     recipe, model = run.recipe, run.first
     side_by_side.check(recipe.search.workers)
     trackers.check(recipe.distill.trackers)
-    if not run.finished("evaluate") and STAGES.index(recipe.stop_after) >= STAGES.index("evaluate"):
+    evaluates = not run.finished("evaluate") or run.recipe_before.get("evaluate") != recipe.evaluate.model_dump()
+    if evaluates and STAGES.index(recipe.stop_after) >= STAGES.index("evaluate"):
         tasks.check_all([tasks.from_recipe(task) for task in recipe.evaluate.tasks])
+    check_padding(model, run.teacher, cache=recipe.distill.teacher_cache, on_policy=recipe.distill.on_policy_share > 0)
     known = min(model.positions, run.teacher.positions)
     if recipe.data.block_size > known:
         raise BadRecipe(f"data.block_size: {recipe.data.block_size} tokens, but the model knows {known} positions")

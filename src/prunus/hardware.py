@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -43,10 +44,15 @@ def fast_dtype(stored: torch.dtype) -> torch.dtype:
 
 
 def free_memory() -> int:
-    """Free bytes of the device."""
+    """Free bytes of the device, after what the allocators keep for nobody was given back."""
+    gc.collect()
     if device().type == "cuda":
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         return free
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     return int(psutil.virtual_memory().available)
 
 
@@ -65,8 +71,11 @@ def keep_freed_memory() -> None:
 
 
 def place(model: Model, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
-    """`model.to(...)` (transformers' own hides its types), with the fastest attention, norms and rotary embeddings."""
-    torch.nn.Module.to(model, device=device, dtype=dtype)
+    """`model.to(device)`, and its parameters in this type, with the fastest attention, norms and rotary embeddings."""
+    torch.nn.Module.to(model, device=device)
+    if dtype is not None:  # buffers stay as transformers keeps them, rotary frequencies in float32
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)
     attention.install(model)
     norms.install(model)
     rotary.install(model)

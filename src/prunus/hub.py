@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from prunus.errors import BadCheckpoint
+from prunus.errors import BadCheckpoint, one_line
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
 OTHER_FORMS = ["*/*", "consolidated*"]
@@ -27,5 +27,5 @@ def downloaded(model: str) -> Path:
     except Exception as error:  # the hub client raises a different type for each of: offline, missing, gated, time-out
         raise BadCheckpoint(
             f"{model}: no such folder, and the hub did not give it ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Check the name and the network, or give a local folder."
+            f"{one_line(error)}). Check the name and the network, or give a local folder."
         ) from error

@@ -183,9 +183,14 @@ def behind(layer: nn.Module, branch: Branch, written_BSH: Tensor) -> Tensor:
 
 
 def added_scale(config: PreTrainedConfig, family: Family, branch: Branch) -> float:
-    """Factor on what a branch adds to the stream."""
+    """Factor on what a branch adds to the stream, outside its module."""
     keys = filter(None, (family.residual_scale, branch.write_scale))
-    return math.prod(getattr(config, key) for key in keys)
+    return math.prod(getattr(family.text(config), key) for key in keys)
+
+
+def module_scale(layer: nn.Module, branch: Branch) -> float:
+    """Factor that a branch's module puts on the output of its write projection."""
+    return float(getattr(layer.get_submodule(branch.module), branch.module_scale)) if branch.module_scale else 1.0
 
 
 def _call(layer: nn.Module, branch: Branch, normed_BSH: Tensor, inputs: dict[str, Any]) -> Any:

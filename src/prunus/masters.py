@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -37,9 +38,7 @@ class Masters:
         for value in values.values():
             value.requires_grad_(True)
             value.grad = torch.zeros_like(value)
-        for value in model.parameters():  # buffers stay as transformers keeps them, rotary frequencies in float32
-            value.data = value.data.to(dtype)
-        hardware.place(model)
+        hardware.place(model, dtype=dtype)
         _let_embeddings_be_sparse(model)
         self.copies = {name: copy for name, copy in model.named_parameters() if name in values}
         self.stale = set(values)
@@ -90,16 +89,20 @@ class Masters:
             state |= {f"{key}/{name}": part for key, part in self.optimizer.state[value].items()}
         return state
 
-    def weights(self, dtype: torch.dtype, *, prefix: str = "") -> dict[str, Tensor]:
+    def weights(self, dtypes: Mapping[str, torch.dtype], *, prefix: str = "") -> dict[str, Tensor]:
         """Whole weights on the CPU, of the part whose names begin so, by the rest of their names. A collective: every
-        rank must call it, and the first alone gets them."""
-        return {
-            name.removeprefix(prefix): whole.to("cpu", dtype)
-            for name, value in self.values.items()
-            if name.startswith(prefix)
-            for whole in [parallel.whole(value.detach())]
-            if parallel.world().first
-        }
+        rank must call it, and the first alone gets them.
+
+        Args:
+            dtypes: by the rest of a name.
+        """
+        found = {}
+        for name, value in self.values.items():
+            if name.startswith(prefix):
+                whole, rest = parallel.whole(value.detach()), name.removeprefix(prefix)
+                if parallel.world().first:
+                    found[rest] = whole.to("cpu", dtypes[rest])
+        return found
 
 
 class ShardedMasters(Masters):

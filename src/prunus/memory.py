@@ -6,8 +6,6 @@ All numbers are bytes. N_t and N_s are the parameters of teacher and student, b 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,6 +41,8 @@ class Training:
         parameters: that are trained.
         teacher_parameters: of the whole teacher.
         untrained: parameters of the student that stay as they are.
+        gathered, teacher_gathered: of each the parameters that a rank of several holds whole at once.
+        divergence: see `losses.divergence`.
         block_size: tokens of a block.
         itemsize: bytes of a value in the type that is computed in.
         blocks: of a micro-batch.
@@ -61,6 +61,9 @@ class Training:
     block_size: int
     itemsize: int
     untrained: int = 0
+    gathered: int = 0
+    teacher_gathered: int = 0
+    divergence: str = "forward_kl"
     blocks: int = 1
     chunk_tokens: int = fused.CHUNK_TOKENS
     live_teacher: bool = True
@@ -81,11 +84,13 @@ def peak(training: Training) -> dict[str, int]:
     gradient over to the masters as soon as it is there.
     """
     here, ranks, holes = training, training.ranks, HOLES[training.device]
-    short = here.itemsize * here.parameters if ranks == 1 else _gathered(here)
+    alone = ranks == 1
+    teacher = here.teacher_parameters // ranks + (0 if alone else here.teacher_gathered)
+    own = 0 if here.itemsize == 4 else here.parameters  # in float32 the student is its own master
+    copies = own if alone else here.gathered
     return {
-        "teacher": here.live_teacher * here.itemsize * here.teacher_parameters // ranks,
-        # In float32 the student is its own master.
-        "student": (short if here.itemsize < 4 or ranks > 1 else 0) + here.itemsize * here.untrained // ranks,
+        "teacher": here.live_teacher * here.itemsize * teacher,
+        "student": here.itemsize * (copies + here.untrained // ranks),
         "masters, gradients, Adam": 16 * here.parameters // ranks,
         "activations": int(holes * activations(here)),
         "head": int(holes * head(here)),
@@ -175,20 +180,16 @@ def _kept_keys(training: Training) -> int:
 
 
 def head(training: Training) -> int:
-    """Buffers of the fused loss: gradients to the logits of a chunk, logits of a row block, and the head's gradient."""
+    """Buffers of the fused loss: gradients to the logits of a chunk, logits of a row block, float32 ones of what is
+    worked on, and the head's gradient, which is rounded at the end where chunks were summed."""
     sizes, b = training.student, training.itemsize
     chunk = min(training.tokens, training.chunk_tokens)
     rows = min(chunk, row_blocks.ROW_TOKENS)
-    logits = 2 * rows * (2 * b if b < 4 else 4)
-    return sizes.vocab * (chunk * b + logits + sizes.hidden * (b if training.tokens <= chunk else 4))
-
-
-def _gathered(training: Training) -> int:
-    """Of a sharded model: two layers (one ahead) and the embedding with the head."""
-    sizes = training.student
-    outside = sizes.vocab * sizes.hidden
-    layer = (training.parameters - outside) // sizes.layers
-    return training.itemsize * (outside + 2 * layer)
+    logits = 2 * rows * (2 * b if b < 4 and training.device == "cpu" else 4)
+    worked_on = min(rows, row_blocks.CACHED_TOKENS) if training.device == "cpu" else rows
+    worked_on *= 4 * (3 if training.divergence == "forward_kl" else 9)
+    gradient = sizes.hidden * (b if training.tokens <= chunk else 4 + b)
+    return sizes.vocab * (chunk * b + logits + worked_on + gradient)
 
 
 def training(
@@ -200,17 +201,21 @@ def training(
     blocks: int = 1,
     gradient_checkpointing: bool = False,
     ranks: int = 1,
+    divergence: str = "forward_kl",
 ) -> Training:
     """Of two opened checkpoints; without a teacher one that is cached."""
-    groups = cost.parameters_by_group(student.family, student.layout, student.architecture)
-    untrained = groups.get("vision", 0)
+    mine = (student.family, student.layout, student.architecture)
+    untrained = cost.parameters_by_group(*mine).get("vision", 0)
     return Training(
         family=student.family,
         student=student.architecture,
         branches={name: len(having) for name, having in cost.branch_layers(student.family, student.layout).items()},
         parameters=student.parameters - untrained,
         untrained=untrained,
+        gathered=cost.at_once(*mine),
         teacher_parameters=teacher.parameters if teacher else 0,
+        teacher_gathered=cost.at_once(teacher.family, teacher.layout, teacher.architecture) if teacher else 0,
+        divergence=divergence,
         block_size=block_size,
         blocks=blocks,
         itemsize=dtype.itemsize,
@@ -227,7 +232,7 @@ def fitting(need: Training, *, batch_blocks: int, free: int | None = None) -> Tr
     Raises:
         DoesNotFit: not even one block with the smallest chunk does; says what would.
     """
-    free = int(ROOM * (hardware.free_memory() if free is None else free))
+    free = _room(free)
     most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[need.device] // need.block_size))
     options = (
         dataclasses.replace(need, blocks=2**power, chunk_tokens=chunk)
@@ -288,7 +293,7 @@ def repair(
         streams += hidden + whole
     called_with = block_size + 2 * itemsize * student.get("head_dim", 0)
     return {
-        "teacher": itemsize * (_at_once(teacher) if streamed else teacher.parameters),
+        "teacher": itemsize * (cost.at_once(family, layout, teacher.architecture) if streamed else teacher.parameters),
         # built on the CPU from a copy of its weights as stored
         "student": (itemsize + (stored if device == "cpu" else 0)) * cost.parameters(family, layout, student),
         "streams": int(holes * blocks * block_size * (itemsize * streams + 2 * called_with)),
@@ -316,7 +321,7 @@ def check_repair(
     Raises:
         DoesNotFit: says how much text would.
     """
-    free = int(ROOM * (hardware.free_memory() if free is None else free))
+    free = _room(free)
     found = _first_fitting(teacher, student, free, blocks=blocks, block_size=block_size, device=device)
     for_text = free - sum(found.parts.values()) + found.parts["streams"]
     fitting = blocks * block_size * for_text // max(1, found.parts["streams"])
@@ -341,7 +346,7 @@ def check_search(
     Raises:
         DoesNotFit: then an architecture has to be named.
     """
-    free = int(ROOM * (hardware.free_memory() if free is None else free))
+    free = _room(free)
     largest = max(built, key=lambda sizes: cost.parameters(teacher.family, teacher.layout, sizes))
     found = _first_fitting(teacher, largest, free, blocks=blocks, block_size=block_size, device=device)
     judged = repair(teacher, largest, blocks=0, block_size=1, device=device)["teacher"]
@@ -363,15 +368,8 @@ def _checked(stage: str, found: Fits, free: int, advice: str) -> Fits:
     return found
 
 
-def _at_once(model: Checkpoint) -> int:
-    """Parameters that a walk from the disk holds: what stands around the layers, and the largest of these twice, since
-    dropped layers run behind the one that is fitted to."""
-    counts: Counter[int | None] = Counter()
-    for name, units in model.layout.items():
-        layer, _ = model.family.split(name)
-        counts[layer] += math.prod(dims.size(unit, model.architecture) for unit in units)
-    around = counts.pop(None, 0)
-    return min(around + 2 * max(counts.values()), model.parameters)
+def _room(free: int | None) -> int:
+    return int(ROOM * (hardware.free_memory() if free is None else free))
 
 
 def _written_from(branch: Branch, family: Family, sizes: Architecture) -> int:
@@ -387,6 +385,8 @@ def _advice(need: Training, free: int) -> str:
         "distill.teacher_cache=samples": {"live_teacher": False},
         "both of these": {"gradient_checkpointing": True, "live_teacher": False},
     }
+    if need.divergence != "forward_kl":
+        changes = {name: change for name, change in changes.items() if "live_teacher" not in change}
     changes |= {f"torchrun with {ranks} GPUs": {"ranks": ranks} for ranks in (2, 4, 8, 16) if ranks > need.ranks}
     options = {name: total(dataclasses.replace(need, **change)) for name, change in changes.items()}
     enough = [f"{name} ({size / 1e9:.1f} GB)" for name, size in options.items() if size <= free]

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import init_device_mesh
@@ -144,7 +144,8 @@ def share(items: list[Value]) -> list[Value]:
 def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype, fill: Callable[[Iterable[str]], None]) -> None:
     """Spread a model's float32 parameters over the ranks; each layer is gathered in `dtype` when it runs.
 
-    Gradients are summed over the ranks, not averaged: the losses are divided by the tokens of all of them already.
+    Gradients are summed over the ranks, not averaged: the losses are divided by the tokens of all of them already. So
+    they are after every micro-batch; to wait for the last would leave each rank with a whole gradient in float32.
 
     Args:
         root: the module whose forward uses the embedding and the output head, tied or not; they are gathered together
@@ -168,12 +169,6 @@ def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype, fill: Cal
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
             module.set_gradient_divide_factor(1.0)
-
-
-def sync_gradients(root: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass ends with the sum over the ranks: only the last micro-batch of a step needs it."""
-    if isinstance(root, FSDPModule):
-        root.set_requires_gradient_sync(wanted)
 
 
 @contextlib.contextmanager
@@ -228,7 +223,7 @@ class Saver:
         _barrier()
         writer = HuggingFaceStorageWriter(str(self._partial), save_distributed=True)
         options: dict[str, Any] = {"storage_writer": writer, "no_dist": not world().several}
-        with full_disk_is_an_error(self.folder), _alone_is_meant():
+        with full_disk_is_an_error(self.folder), _bare_errors(), _alone_is_meant():
             if self.background:
                 started = async_save(dict(tensors), process_group=self.group, **options)
                 self.pending = started if isinstance(started, Future) else started.upload_completion
@@ -239,7 +234,7 @@ class Saver:
     def settle(self) -> None:
         """Wait for what is being written in the background."""
         if self.pending is not None:
-            with full_disk_is_an_error(self.folder):
+            with full_disk_is_an_error(self.folder), _bare_errors():
                 self.pending.result()
             self.pending = None
             self._publish()
@@ -271,11 +266,22 @@ def load_record(folder: Path) -> dict[str, Any]:
 def load_state(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fill the tensors, sharded or not, with what a `Saver` wrote last. Raises BadOutput if that is damaged."""
     try:
-        with _alone_is_meant():
+        with _bare_errors(), _alone_is_meant():
             reader = HuggingFaceStorageReader(str(_versions(folder)[-1]))
             load(dict(tensors), storage_reader=reader, no_dist=not world().several)
     except Exception as error:
         raise unreadable(folder, error) from error
+
+
+@contextlib.contextmanager
+def _bare_errors() -> Iterator[None]:
+    """PyTorch wraps what goes wrong with a state in an exception that is none of `Exception`; inside, it is the first
+    rank's own."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from prunus import (
     latency,
     parallel,
     results,
+    sizes,
     tasks,
     text,
 )
@@ -29,14 +30,14 @@ from prunus.checkpoint import Checkpoint, load
 from prunus.claims import claim, claim_family
 from prunus.comparison import compare
 from prunus.distill import Progress, distill
-from prunus.documents import HUB_ID, chat_template, shuffled
-from prunus.errors import BadOutput, BadRecipe
+from prunus.documents import chat_template, check_ends, shuffled
+from prunus.errors import BadOutput
 from prunus.files import atomic_file, share
 from prunus.goal import check_goal
 from prunus.measure import measure, save_statistics
 from prunus.prune import prune
 from prunus.recipe import STAGES, Recipe
-from prunus.report import before_training, model_card, write_family, write_report
+from prunus.report import before_training, model_card, write_report
 from prunus.run import (
     BASELINE,
     LARGER,
@@ -52,8 +53,8 @@ from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Candidate, Search, Standing, search
 from prunus.selection import ranked_layers
+from prunus.shared_tokens import check_ids
 from prunus.sides import sides
-from prunus.sizes import members
 from prunus.source import Source, opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
 from prunus.tournament import tournament
@@ -89,15 +90,17 @@ def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = Non
 def report_again(recipe: Recipe) -> Run:
     """The page and the model card from what a run holds, and of several sizes the page of all; nothing else is done."""
     if len(recipe.sizes) > 1:
-        sizes = members(recipe)
-        if missing := [size.params for size in sizes if not Run(Path(size.to), size).finished("evaluate")]:
+        members = sizes.members(recipe)
+        if missing := [size.params for size in members if not Run(Path(size.to), size).finished("evaluate")]:
             raise BadOutput(
                 f"{recipe.to}: {' and '.join(map(str, missing))} not evaluated yet; prunus compress {recipe.to} goes on"
             )
-        runs = [report_again(size) for size in sizes]
-        _report_family(runs, Path(recipe.to))
+        runs = [report_again(size) for size in members]
+        sizes.write_page(runs, Path(recipe.to))
         return runs[-1]
     run = open_run(recipe)
+    if recipe.baseline and run.finished("evaluate") and not (run.root / BASELINE).exists():
+        raise BadOutput(f"{run.root}: it has no baseline; prunus compress {run.root} --baseline trains one")
     with claim(run):
         _do("report", run)
     return run
@@ -112,21 +115,17 @@ def _share(run: Run, beside: Path) -> None:
 
 def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
     """A run for each size, on the same text and taught by the same teacher; the last is the smallest."""
-    root, sizes, runs = check_folder(Path(recipe.to)), members(recipe), list[Run]()
+    root, members, runs = check_folder(Path(recipe.to)), sizes.members(recipe), list[Run]()
     with contextlib.ExitStack() as stack:
-        parallel.first_alone(lambda: stack.enter_context(claim_family(recipe, sizes[0])))
-        for member in sizes:
+        parallel.first_alone(lambda: stack.enter_context(claim_family(recipe, members[0])))
+        for member in members:
             console.heading(f"{member.params}:")
             runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
+            if not runs[-1].finished("report"):
+                sizes.forget_page(root)
         if recipe.stop_after == "report":
-            parallel.first_alone(lambda: _report_family(runs, root))
+            parallel.first_alone(lambda: sizes.write_page(runs, root))
     return runs[-1]
-
-
-def _report_family(runs: Sequence[Run], root: Path) -> None:
-    family = results.family(runs)
-    write_json(root / results.FAMILY, family)
-    write_family(family, root / "report.html")
 
 
 def _make_larger(run: Run) -> None:
@@ -163,8 +162,7 @@ def _text(run: Run) -> None:
     beside = max(run.recipe.measure.tokens, run.recipe.prune.tokens)
     limit = run.recipe.distill.tokens and run.recipe.distill.tokens + beside
     for part in data.sources:
-        if limit is None and not Path(part.source).exists() and HUB_ID.fullmatch(part.source):
-            raise BadRecipe(f"data.train: {part.source!r} is on the hub; say how much of it to read (--tokens 10M)")
+        check_ends(part.source, limit)
     found = sides(data, chat_template(tokenizer))
     labels = {"train": data.label, "heldout": data.heldout or f"the held-out share of {data.label}"}
     for name, most in {"train": limit, "heldout": data.heldout_tokens}.items():
@@ -180,6 +178,7 @@ def _text(run: Run) -> None:
                     label=labels[name],
                     progress=partial(step, total=most),
                 )
+        check_ids(text.load_blocks(to), run.first, run.teacher)
 
 
 def _measure(run: Run) -> None:

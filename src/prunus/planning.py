@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prunus import cost, hardware, memory, sensitivity, tournament
+from prunus import cost, formats, hardware, memory, sensitivity, tournament
 from prunus.architecture import Architecture, parse
 from prunus.budget import Budget, parse_budget
 from prunus.checkpoint import Checkpoint, load
@@ -76,6 +76,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         raise BadRecipe("plan: what a token takes is measured in the run itself; give --params for a plan")
     if recipe.distill.tokens is None:
         raise BadRecipe("plan: the time depends on the amount of text; give --tokens")
+    here = machine is None
     machine, teacher = machine or this_machine(), load(recipe.model, uneven=recipe.uneven)
     first = teacher if recipe.start is None else load(recipe.start)
     found: list[Round] = []
@@ -101,6 +102,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         "repair_memory_bytes": max(each.repair_memory for each in found),
         "evaluation_memory_bytes": _evaluation_memory(recipe, first, teacher, last.target, machine),
         "gpus": machine.gpus,
+        "here": here,
         "seconds": {**({"larger student": ahead} if earlier else {}), **last.seconds},
         "writes": [f"{recipe.to}/{name}" for name in files],
         "disk_bytes": sum(4 * first.dtype.itemsize * _parameters(first, each.target) for each in found)
@@ -175,7 +177,7 @@ def _round(
         num_blocks=tokens // block_size,
         block_size=block_size,
     )
-    parts = _memory(first, target, teacher.parameters, recipe, schedule.batch_blocks, machine)
+    parts = _memory(first, target, teacher, recipe, schedule.batch_blocks, machine)
     micro_blocks = parts.pop("micro_blocks")
     return Round(
         target=target,
@@ -193,7 +195,7 @@ def _round(
 def _memory(
     first: Checkpoint,
     target: Architecture,
-    teacher_parameters: int,
+    teacher: Checkpoint,
     recipe: Recipe,
     batch_blocks: int,
     machine: Machine,
@@ -214,7 +216,10 @@ def _memory(
         },
         parameters=parameters - untrained,
         untrained=untrained,
-        teacher_parameters=teacher_parameters,
+        gathered=cost.at_once(first.family, first.layout, target),
+        teacher_parameters=teacher.parameters,
+        teacher_gathered=cost.at_once(teacher.family, teacher.layout, teacher.architecture),
+        divergence=options.divergence,
         block_size=recipe.data.block_size,
         itemsize=machine.dtype.itemsize,
         live_teacher=options.teacher_cache is None,
@@ -332,8 +337,8 @@ def show(result: dict[str, Any]) -> None:
     table = Table("", "teacher", "student", "ratio", box=None, header_style="bold")
     teacher, student = result["teacher"], result["student"]
     for key in teacher:
-        ratio = student[key] / teacher[key]
-        table.add_row(key, f"{teacher[key]:,}", f"{student[key]:,}", f"{ratio:.2f}")
+        share = formats.ratio(student[key], teacher[key])
+        table.add_row(key, f"{teacher[key]:,}", f"{student[key]:,}", "–" if share is None else f"{share:.2f}")
     console.print(table)
     if result["legal_architectures"] > 1:
         console.print(
@@ -356,7 +361,7 @@ def show(result: dict[str, Any]) -> None:
         if need := result[f"{stage}_memory_bytes"]:
             console.print(f"Peak memory of the {stage}: about {need / 1e9:.1f} GB")
     stages = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items())
-    where = "on this machine, now" if result["gpus"] == 1 else f"on {result['gpus']} GPUs"
+    where = "on this machine, now" if result["here"] else f"on {result['gpus']} GPU{'s' * (result['gpus'] > 1)}"
     console.print(f"Time {where}: about {duration(sum(result['seconds'].values()))} ({stages})")
     console.print(f"Would write {result['disk_bytes'] / 1e6:,.0f} MB: {', '.join(result['writes'])}")
 

@@ -23,7 +23,7 @@ from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import Scores
 from prunus.selection import Kept, check_legal, select
-from prunus.source import Source, in_memory, on_disk
+from prunus.source import Source, assign, in_memory, on_disk
 from prunus.weights import Parts
 
 KEPT_FILE = "prunus.json"
@@ -108,6 +108,9 @@ def build(student: Student, dtype: torch.dtype) -> PreTrainedModel:
     tied = set(model.all_tied_weights_keys)
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing
+    # As transformers loads them: what is no parameter keeps a wider type, as biases that choose experts need it.
+    wide = {name: state[name] for name, _ in model.named_buffers() if name in state and state[name].dtype != dtype}
+    assign(model, {name: value for name, value in wide.items() if torch.promote_types(value.dtype, dtype) != dtype})
     return model
 
 
@@ -146,9 +149,15 @@ def prune(
     if calibration is not None:
         model = repaired(teacher, student, calibration, source=source, damping=damping, progress=progress)
         state = model.state_dict()
-        tensors = {name: state[name].to("cpu", dtype=tensor.dtype) for name, tensor in student.tensors.items()}
+        tensors = {name: _fitted(state[name], tensor) for name, tensor in student.tensors.items()}
     kept = json.dumps({"teacher": teacher.fingerprint, "kept": vars(student.kept)})
     return save(Path(to), student.config, tensors, like=teacher, extra_files={KEPT_FILE: kept})
+
+
+def _fitted(now: Tensor, before: Parts) -> Tensor | Parts:
+    """A tensor as the repair left it, in the type that it is stored in; one that it left alone with all of its bits."""
+    alone = torch.equal(now.cpu(), before.whole().to(now.dtype))
+    return before if alone else now.to("cpu", before.dtype)
 
 
 def repaired(

@@ -5,53 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunus import depth, importance
-from prunus.budget import CONTEXT, LIMITS, TIMES, check_amount, parse_quantity
+from prunus.budget import CONTEXT, LIMITS
 from prunus.errors import BadRecipe
+from prunus.fields import Amount, Amounts, Block, Count, Location, Time, expanded, name_of
 from prunus.losses import DIVERGENCES, HIDDEN_LOSSES
-from prunus.mistakes import explained, unknown
+from prunus.mistakes import explained
 from prunus.repair import DAMPING
 from prunus.schedule import SCHEDULES, Settings
 from prunus.teacher import KINDS
 
 STAGES = ("text", "measure", "score", "search", "prune", "distill", "evaluate", "report")
 Stage = Literal["text", "measure", "score", "search", "prune", "distill", "evaluate", "report"]
-
-
-def _count(value: object) -> object:
-    """`200k` → 200000; everything else is left to the type check."""
-    if isinstance(value, str):
-        number = parse_quantity(value)
-        if number != int(number):
-            raise ValueError(f"{value!r} is not a whole number")
-        return int(number)
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
-Amount = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
-    AfterValidator(check_amount),
-]
-
-Amounts = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
-    AfterValidator(lambda value: ",".join(check_amount(part.strip()) for part in value.split(","))),
-]
-Location = Annotated[
-    str, AfterValidator(lambda value: str(Path(value).expanduser()) if value.startswith("~") else value)
-]
-"""A file or folder, or a hub id."""
-Time = Annotated[str, AfterValidator(lambda value: check_amount(value, TIMES))]
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -80,7 +52,7 @@ class Data(Section):
     heldout_share: float = Field(0.05, gt=0, lt=1, description="share held out where `heldout` is not given")
     heldout_tokens: Count = Field(65536, description="held-out tokens; a third is for the search, the rest judges")
     text_field: str | None = Field(None, description="column that holds the text; default: `text`")
-    block_size: Count = Field(512, description="tokens of a packed block: the context in training and evaluation")
+    block_size: Block = Field(512, description="tokens of a packed block: the context in training and evaluation")
 
     @property
     def sources(self) -> list[Source]:
@@ -108,7 +80,7 @@ class Data(Section):
 
 
 def _resolved(source: str) -> Path:
-    return Path(source).expanduser().resolve()
+    return Path(expanded(source)).resolve()
 
 
 class LocalTask(Section):
@@ -147,19 +119,7 @@ def _by_grams(axis: str) -> Any:
 
 
 def _one_of(axis: str) -> Any:
-    return _name(importance.AGGREGATIONS if axis == "aggregation" else tuple(importance.TABLE[axis]))
-
-
-def _name(options: Iterable[str]) -> Any:
-    """One of these names; a typo gets a suggestion."""
-    options = list(options)
-
-    def check(value: str) -> str:
-        if value not in options:
-            raise ValueError(unknown(value, options))
-        return value
-
-    return Annotated[str, BeforeValidator(check)]
+    return name_of(importance.AGGREGATIONS if axis == "aggregation" else tuple(importance.TABLE[axis]))
 
 
 class Score(Section):
@@ -218,17 +178,17 @@ class Distill(Section):
     learning_rate: float | None = Field(
         None, gt=0, description="peak; default: 2.5e-4 · √(576 / hidden) · √(KL at the start)"
     )
-    schedule: _name(SCHEDULES) = "cosine"  # type: ignore[valid-type]
+    schedule: name_of(SCHEDULES) = "cosine"  # type: ignore[valid-type]
     final_share: float = Field(0.1, ge=0, le=1)
     warmup_share: float = Field(0.05, ge=0, le=1)
     decay_share: float = Field(0.2, ge=0, le=1, description="of schedule=wsd: share of the steps in which it falls")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
-    divergence: _name(DIVERGENCES) = "forward_kl"  # type: ignore[valid-type]
+    divergence: name_of(DIVERGENCES) = "forward_kl"  # type: ignore[valid-type]
     temperature: float = Field(1.0, gt=0)
     mix: float = Field(0.5, gt=0, lt=1, description="β of jsd, α of skewed_kl and skewed_reverse_kl")
     cross_entropy_share: float = Field(0.0, ge=0, le=1, description="share of the text's own next token in the loss")
-    hidden_loss: _name(HIDDEN_LOSSES) | None = Field(  # type: ignore[valid-type]
+    hidden_loss: name_of(HIDDEN_LOSSES) | None = Field(  # type: ignore[valid-type]
         None, description="also compare hidden states; worth it where depth was cut"
     )
     hidden_weight: float = Field(1.0, gt=0, description="of it; at 1 it is as large as the divergence")
@@ -238,15 +198,27 @@ class Distill(Section):
     )
     evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0: never")
     patience: int = Field(0, ge=0, description="measurements without gain before training ends early; 0: never")
-    seed: int = Field(0, ge=0)
-    teacher_cache: _name(KINDS) | None = Field(  # type: ignore[valid-type]
+    seed: int = Field(0, ge=0, lt=2**63)
+    teacher_cache: name_of(KINDS) | None = Field(  # type: ignore[valid-type]
         None, description="run the teacher once and keep what the loss needs; pays from the second epoch or student on"
     )
     cache_per_token: Count = Field(12, description="ids that a cache of samples or top_k keeps of each token")
     gradient_checkpointing: bool = Field(False, description="a quarter more work for far less memory")
     compile: bool = Field(False, description="pass the layers of both models through torch.compile")
-    trackers: list[_name(("tensorboard", "wandb", "trackio"))] = []  # type: ignore[valid-type]
+    trackers: list[name_of(("tensorboard", "wandb", "trackio"))] = []  # type: ignore[valid-type]
     checkpoint_seconds: float = Field(120.0, ge=0, description="between checkpoints: what a killed run loses at most")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Distill:
+        short = self.teacher_cache not in (None, "hidden")
+        mistakes = {
+            "on_policy_share: a cache knows nothing of text that is yet to be written": self.on_policy_share,
+            "hidden_loss: a cache has nothing of the layers between": self.hidden_loss,
+            f"divergence: {self.teacher_cache} give forward_kl only": short and self.divergence != "forward_kl",
+        }
+        if self.teacher_cache and (found := [mistake for mistake, made in mistakes.items() if made]):
+            raise ValueError(f"{found[0]}; drop teacher_cache")
+        return self
 
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments of `prunus.schedule.Settings`: all that the weights depend on, but for the teacher's cache."""
@@ -320,10 +292,6 @@ class Recipe(Section):
         for score, wanted in {**dict.fromkeys(depth.KINDS, "true"), "contiguous_by_task": "the name of a task"}.items():
             if mistake is None and self.score.layers == score and not getattr(self.measure, score):
                 mistake = f"score.layers: {score} needs measure.{score}: {wanted}, or choose another score"
-        if mistake is None and self.distill.on_policy_share and self.distill.teacher_cache:
-            mistake = (
-                "distill.on_policy_share: a cache knows nothing of text that is yet to be written; drop teacher_cache"
-            )
         if mistake is not None:
             raise ValueError(mistake)
         return self
@@ -366,7 +334,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises BadRecipe if it is none."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise BadRecipe(f"{file}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise BadRecipe(f"{file}: a recipe is a mapping of keys to values (see recipes/ for examples)")

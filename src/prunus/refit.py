@@ -155,10 +155,11 @@ class _BranchFit:
             for normed_BSK, each in zip(mine, inputs, strict=True)
         ]
         projection, sums = _projection(layer, branch.write), _Sums()
+        scale = layerwise.module_scale(layer, branch)
         # A shared expert sees every token, so it makes good what the routed ones leave.
         wholes = self._outputs(mine, inputs) if branch.experts else itertools.repeat(None)
         for place, (normed_BSK, inner_BSF, whole_BSK) in enumerate(zip(mine, inner, wholes, strict=False)):
-            inner_NF, targets_NK = inner_BSF.flatten(0, -2), targets[place]
+            inner_NF, targets_NK = inner_BSF.flatten(0, -2), targets[place] / scale
             inputs_NF = inner_NF if _bias(projection) is None else _with_ones(inner_NF)
             if branch.experts and branch.write_gate:
                 gate = layer.get_submodule(branch.write_gate)
@@ -168,7 +169,9 @@ class _BranchFit:
                 targets_NK = targets_NK - (whole_BSK.flatten(0, 1) - own_NK)
             sums.add(inputs_NF, targets_NK)
         _set(projection, sums.solver(self.damping)(sums.cross_OK, _joined(projection)))
-        return self._outputs(mine, inputs) if branch.experts else map(projection, inner)
+        if branch.experts:
+            return self._outputs(mine, inputs)
+        return (projection(inner_BSF) * scale for inner_BSF in inner)
 
     def _outputs(self, normed: Iterable[Tensor], inputs: list[dict[str, Any]]) -> Iterator[Tensor]:
         for normed_BSK, each in zip(normed, inputs, strict=True):

@@ -103,8 +103,9 @@ def model_card(report: Report) -> str:
     words = _words(complete(report))
     teacher = (report.get("teacher") or {}).get("name", "")
     sees = (report.get("student") or {}).get("sees", False)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher)
     front = {
-        "base_model": teacher if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher) else words["name"],
+        "base_model": teacher if is_hub_id and not Path(teacher).exists() else words["name"],
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "tags": ["prunus", "pruned", *["distilled"] * (final_stage(complete(report)) == "distilled")],

@@ -39,7 +39,9 @@ def rounds(recipe: Recipe, first: Checkpoint, teacher: Checkpoint) -> Rounds:
     """
     if not recipe.rounds or recipe.params is None:
         return Rounds()
-    (limit,) = parse_budget(first, whole=teacher, params=recipe.params).limits
+    (limit,) = parse_budget(teacher, params=recipe.params).limits
+    if limit.target >= first.parameters:
+        return Rounds()  # it is another limit that the first does not keep
     share = limit.target / first.parameters
     count = max(1, math.ceil(math.log(share) / math.log(1 - LARGEST_CUT) - ROUNDING))
     return Rounds(count, round(limit.target / share ** (1 / count)))

@@ -67,6 +67,12 @@ class Run:
         names = (*OUTPUTS[stage], BASELINE) if baseline else OUTPUTS[stage]
         return all((self.root / name).exists() for name in names)
 
+    @property
+    def recipe_before(self) -> dict[str, Any]:
+        """What the directory was made with; nothing of a new one."""
+        file = self.root / "recipe.yaml"
+        return recipes.read_yaml(file) if file.is_file() else {}
+
     @functools.cached_property
     def teacher(self) -> Checkpoint:
         """The opened teacher, its weights checked, and the same as when the run began."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunus.checkpoint import Checkpoint
-from prunus.errors import BadCheckpoint
+from prunus.errors import BadCheckpoint, BadRecipe
 from prunus.text import Blocks
 
 SAME = 0.99
@@ -27,6 +27,26 @@ def check_same_tokens(student: Checkpoint, teacher: Checkpoint) -> None:
             "student needs its teacher's tokenizer"
         )
     shared_rows(*(each.architecture.vocab for each in pair))
+
+
+def check_padding(student: Checkpoint, teacher: Checkpoint, *, cache: str | None, on_policy: bool) -> None:
+    """Refuse for two embeddings of other lengths what needs an id of one in the other.
+
+    Args:
+        cache: kind of the teacher's cache, if there is one.
+        on_policy: whether the student writes text itself.
+    Raises:
+        BadRecipe: names the options.
+    """
+    rows = [each.architecture.vocab for each in (student, teacher)]
+    by_ids = [f"teacher_cache={cache}"] if cache in ("samples", "top_k") else []
+    by_ids += ["on_policy_share"] if on_policy else []
+    if rows[0] != rows[1] and by_ids:
+        raise BadRecipe(
+            f"{' and '.join(by_ids)}: the embeddings of student and teacher have {rows[0]:,} and {rows[1]:,} rows, and "
+            "such an id could be missing in one. The teacher itself, or a cache of its hidden states, is compared over "
+            "the ids that both have."
+        )
 
 
 def check_ids(blocks: Blocks, *models: Checkpoint) -> None:

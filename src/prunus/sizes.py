@@ -1,16 +1,21 @@
-"""Several sizes of one teacher behind one command: which runs these are, and in what order."""
+"""Several sizes of one teacher behind one command: which runs these are, in what order, and the page of all."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prunus import recipe as recipes
+from prunus import results
 from prunus.budget import parse_budget
 from prunus.checkpoint import load
 from prunus.recipe import STAGES, Recipe
-from prunus.run import OUTPUTS
+from prunus.report import write_family
+from prunus.run import OUTPUTS, Run, write_json
 from prunus.space import legal_architectures
+
+PAGE = "report.html"
 
 
 def members(recipe: Recipe) -> list[Recipe]:
@@ -35,3 +40,15 @@ def members(recipe: Recipe) -> list[Recipe]:
     early = STAGES.index(recipe.stop_after) < STAGES.index("distill")
     others = [each.model_copy(update={"stop_after": "distill"}) if early else each for each in found[:-1]]
     return [*others, found[-1]]
+
+
+def write_page(runs: Sequence[Run], root: Path) -> None:
+    family = results.family(runs)
+    write_json(root / results.FAMILY, family)
+    write_family(family, root / PAGE)
+
+
+def forget_page(root: Path) -> None:
+    """Where one of the runs has no report any more, that of all shows earlier results."""
+    for name in (results.FAMILY, PAGE):
+        (root / name).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prunus.architecture import Architecture
 from prunus.budget import Budget
@@ -16,6 +16,9 @@ from prunus.errors import BudgetUnreachable
 from prunus.families import Family
 from prunus.selection import illegal_cut
 
+Options = Mapping[str, list[int]]
+"""Sizes of each axis; of heads how many a group has."""
+PER_GROUP = "per_group"
 TOLERANCE = 0.01
 """How far from its budget an architecture may be, as a share of it."""
 FILLERS = ("ffn", "expert_ffn", "shared_ffn", "mamba_head_dim")
@@ -39,19 +42,26 @@ def legal_architectures(
     """
     family = family.portable(teacher) if portable else family
     filler = _filler(teacher, budget)
-    outer = list(_without(filler, family, teacher))
-    smallest = min(outer, key=budget.use, default=teacher)
+    grid = _grid(filler, family, teacher)
+
+    def filled(options: Options) -> Iterator[Architecture]:
+        for base in _without(filler, family, teacher, options):
+            yield from _filled(family, filler, teacher, base, budget, tolerance)
+
+    def gap(architecture: Architecture) -> float:
+        return abs(budget.use(architecture) - 1)
+
+    # A size that alone goes below the budget is in no architecture that meets it, and would crowd out those that are.
+    near = {
+        axis: [size for size in sizes if budget.use(_sized(teacher, {axis: size})) >= 1 - tolerance]
+        for axis, sizes in grid.items()
+    }
+    if found := [candidate for candidate in filled(near) if gap(candidate) <= tolerance]:
+        return found
+    smallest = min(_without(filler, family, teacher, grid), key=budget.use, default=teacher)
     if budget.use(smallest) > 1 + tolerance:
         raise BudgetUnreachable(_too_little(budget, smallest, tolerance))
-    nearest, best_gap, found = smallest, math.inf, []
-    for base in outer:
-        for candidate in _filled(family, filler, teacher, base, budget, tolerance):
-            gap = abs(budget.use(candidate) - 1)
-            if gap < best_gap:
-                nearest, best_gap = candidate, gap
-            if gap <= tolerance:
-                found.append(candidate)
-    return found or [nearest]
+    return [min(filled(grid), key=gap, default=smallest)]
 
 
 def _too_little(budget: Budget, smallest: Architecture, tolerance: float) -> str:
@@ -71,23 +81,34 @@ def _filler(teacher: Architecture, budget: Budget) -> str:
     return min(kinds, key=lambda axis: budget.parameters(teacher.replace(**{axis: 1})))
 
 
-def _without(filler: str, family: Family, teacher: Architecture) -> Iterator[Architecture]:
-    """Legal architectures with the fewest neurons of the kind that fills them up."""
-    least = _least(filler, family, teacher)
+def _grid(filler: str, family: Family, teacher: Architecture) -> Options:
+    """All sizes that are tried, but for the neurons that fill up."""
     options = {axis: _options(teacher, axis) for axis in teacher.axes() if axis not in (filler, "heads", "top_k")}
     options |= {axis: [teacher[axis]] for axis in family.uncut if axis in options}
     if "heads" in teacher:
-        options["per_group"] = list(range(teacher.heads // teacher.kv_heads, 0, -1))
+        options[PER_GROUP] = list(range(teacher.heads // teacher.kv_heads, 0, -1))
+    return options
+
+
+def _without(filler: str, family: Family, teacher: Architecture, grid: Options) -> Iterator[Architecture]:
+    """Legal architectures of these sizes with the fewest neurons of the kind that fills them up."""
+    least, options = _least(filler, family, teacher), dict(grid)
     while math.prod(map(len, options.values())) > MOST_COMBINATIONS:
         longest = max(options, key=lambda axis: len(options[axis]))
         options[longest] = options[longest][::2]
     for sizes in itertools.product(*options.values()):
-        named = dict(zip(options, sizes, strict=True))
-        if "heads" in teacher:
-            named["heads"] = named["kv_heads"] * named.pop("per_group")
-        base = teacher.replace(**named, **{filler: least})
+        base = _sized(teacher, {**dict(zip(options, sizes, strict=True)), filler: least})
         if not illegal_cut(family, teacher, base):
             yield base
+
+
+def _sized(teacher: Architecture, sizes: Mapping[str, int]) -> Architecture:
+    """The teacher with these sizes; groups go with their heads."""
+    named = dict(sizes)
+    if PER_GROUP in named or "kv_heads" in named:
+        per_group = named.pop(PER_GROUP, teacher.heads // teacher.kv_heads)
+        named["heads"] = named.get("kv_heads", teacher.kv_heads) * per_group
+    return teacher.replace(**named)
 
 
 def _least(axis: str, family: Family, teacher: Architecture) -> int:

@@ -18,15 +18,16 @@ from prunus.budget import parse_quantity
 from prunus.checkpoint import Checkpoint, load, verify_weights
 from prunus.distill import Progress
 from prunus.distill import distill as train
-from prunus.documents import chat_template, documents, shuffled
+from prunus.documents import chat_template, check_ends, documents, shuffled
 from prunus.errors import BadOutput, BadRecipe
 from prunus.evaluate import quality, speed
 from prunus.recipe import Distill, Evaluate, parse_section
 from prunus.schedule import Settings
-from prunus.shared_tokens import check_ids, check_same_tokens
+from prunus.shared_tokens import check_ids, check_padding, check_same_tokens
 from prunus.tasks import from_recipe, run_tasks
 from prunus.teacher import Cache, describe, open_cache, write_cache
 from prunus.text import Blocks, tokenise
+from prunus.trackers import check as check_trackers
 from prunus.trackers import tracked
 
 BLOCK_SIZE = 512
@@ -52,18 +53,22 @@ def distill(
         settings: keys of the recipe's section `distill`. A teacher's cache is written beside `to`, and stays for other
             students of the same teacher and text.
     """
+    to = to.absolute()
     if to.exists() and any(to.iterdir()):
         raise BadOutput(f"{to} is not empty; give a new folder with --to")
     options = parse_section(Distill, {**settings, **({"tokens": tokens} if tokens else {})}, source="command line")
     if options.evaluate_every and heldout is None:
         raise BadRecipe("evaluate_every measures on held-out text; give some with --heldout")
+    check_ends(data, options.tokens)
+    check_trackers(options.trackers)
     learner, source = _opened(student), _opened(teacher)
-    _check_tokens(learner, source, options)
+    check_same_tokens(learner, source)
+    check_padding(learner, source, cache=options.teacher_cache, on_policy=options.on_policy_share > 0)
     training = Settings(**options.hyperparameters())
     pairs = hidden.pairs(learner, source, count=training.hidden_layers) if training.hidden_loss else None
     with tempfile.TemporaryDirectory() as folder:
-        blocks = _blocks(data, source, options.tokens, Path(folder))
-        validation = _blocks(heldout, source, HELDOUT_TOKENS, Path(folder) / "heldout") if heldout else None
+        blocks = _blocks(data, [source, learner], options.tokens, Path(folder))
+        validation = _blocks(heldout, [source, learner], HELDOUT_TOKENS, Path(folder) / "heldout") if heldout else None
         for text in filter(None, [blocks, validation]):
             check_ids(text, learner, source)
         kind = options.teacher_cache
@@ -90,20 +95,6 @@ def distill(
     return written.folder
 
 
-def _check_tokens(student: Checkpoint, teacher: Checkpoint, options: Distill) -> None:
-    """Refuse a pair of other tokens, and of embeddings of other lengths what needs an id of one in the other."""
-    check_same_tokens(student, teacher)
-    rows = [each.architecture.vocab for each in (student, teacher)]
-    by_ids = [f"teacher_cache={options.teacher_cache}"] if options.teacher_cache in ("samples", "top_k") else []
-    by_ids += ["on_policy_share"] if options.on_policy_share else []
-    if rows[0] != rows[1] and by_ids:
-        raise BadRecipe(
-            f"{' and '.join(by_ids)}: the embeddings of student and teacher have {rows[0]:,} and {rows[1]:,} rows, and "
-            "such an id could be missing in one. The teacher itself, or a cache of its hidden states, is compared over "
-            "the ids that both have."
-        )
-
-
 def trim_vocabulary(
     model: str, data: str, *, size: str, most_documents: int, tokens: str | None, to: Path
 ) -> dict[str, Any]:
@@ -114,6 +105,7 @@ def trim_vocabulary(
     Returns:
         folder, sizes of vocabulary and model before and after, and the share of the text's tokens that stay.
     """
+    to = to.absolute()
     if to.exists() and any(to.iterdir()):
         raise BadOutput(f"{to} is not empty; give a new folder with --to")
     wanted, training = _quantity("size", size), _quantity("tokens", tokens) if tokens else None
@@ -148,7 +140,7 @@ def _respelled(trimmed: Checkpoint, data: str, tokens: int, to: Path) -> Checkpo
             return train(
                 trimmed,
                 None,
-                _blocks(data, trimmed, tokens, Path(folder)),
+                _blocks(data, [trimmed], tokens, Path(folder)),
                 to=to,
                 settings=Settings(tokens=tokens, learning_rate=SPELLING_RATE),
                 progress=lambda at: step(at.tokens, at.total_tokens, f"loss {at.loss:.3f}"),
@@ -210,8 +202,9 @@ def evaluate(
     result: dict[str, Any] = {"model": model, "parameters": checkpoint.parameters, "bytes": checkpoint.bytes}
     if data is not None:
         with tempfile.TemporaryDirectory() as folder, console.bar("text", unit="blocks") as step:
-            blocks = _blocks(data, checkpoint, num_tokens, Path(folder))
-            check_ids(blocks, *filter(None, [checkpoint, compared]))
+            judged = [checkpoint, compared] if compared else [checkpoint]
+            blocks = _blocks(data, judged, num_tokens, Path(folder))
+            check_ids(blocks, *judged)
             reference = compared.module(dtype, device) if compared else None
             result |= asdict(quality(module, blocks, teacher=reference, progress=step))
     if options.speed:
@@ -238,8 +231,9 @@ def _opened(name: str) -> Checkpoint:
     return checkpoint
 
 
-def _blocks(data: str, model: Checkpoint, tokens: int | None, folder: Path) -> Blocks:
-    tokenizer = model.tokenizer()
+def _blocks(data: str, models: list[Checkpoint], tokens: int | None, folder: Path) -> Blocks:
+    """Text in the tokens of the first, in blocks that all can read."""
+    tokenizer, known = models[0].tokenizer(), min(model.positions for model in models)
     docs = shuffled(documents(data, render=chat_template(tokenizer)), seed=0)
     to = folder / "text"
-    return tokenise(docs, tokenizer, block_size=min(BLOCK_SIZE, model.positions), max_tokens=tokens, to=to, label=data)
+    return tokenise(docs, tokenizer, block_size=min(BLOCK_SIZE, known), max_tokens=tokens, to=to, label=data)

@@ -111,13 +111,12 @@ class Losses(nn.Module):
 def accumulate(losses: Losses, masters: Masters, curve: list[dict[str, Any]], schedule: Plan) -> dict[str, Any]:
     """Gradients of the step after those of `curve` on the masters, and its losses. Every micro-batch is divided by the
     tokens of the whole step, over all ranks, so the result depends neither on the split nor on their number."""
-    weight, earlier = hidden_weight(curve, losses.settings), _last(curve)
+    weight, earlier = hidden_weight(curve, losses.settings), _last(curve, losses.settings)
     sums = {"loss": 0.0} | ({"hidden_loss": 0.0} if losses.settings.hidden_loss else {})
     mine = _batch(losses, len(curve), schedule)
     num_tokens = int(parallel.total({"tokens": int(mine.mask_BS.sum())})["tokens"])
     for start in range(0, len(mine.indices), losses.micro_blocks):
         stop = start + losses.micro_blocks
-        parallel.sync_gradients(losses, stop >= len(mine.indices))
         loss, hidden_loss = losses(mine.part(start, stop), max(num_tokens, 1), earlier and earlier["loss"])
         sums["loss"] += float(loss.detach())
         if hidden_loss is not None:
@@ -146,12 +145,15 @@ def _batch(losses: Losses, step: int, schedule: Plan) -> Batch:
 
 def hidden_weight(curve: list[dict[str, Any]], settings: Settings) -> float:
     """α = hidden_weight · L_logits / L_hidden, so that both pull alike (Minitron, arXiv:2407.14679, eq. 6): of the last
-    step that was not left out, so that it does not depend on how this one is split; 0 before there is one."""
-    done = _last(curve)
+    step of its kind, so that it does not depend on how this one is split; 0 before there is one."""
+    done = _last(curve, settings)
     if settings.hidden_loss is None or done is None:
         return 0.0
     return settings.hidden_weight * done["loss"] / max(done["hidden_loss"], 1e-12)
 
 
-def _last(curve: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((point for point in reversed(curve) if "skipped" not in point), None)
+def _last(curve: list[dict[str, Any]], settings: Settings) -> dict[str, Any] | None:
+    """The last step that was not left out, on text if the next one is, else on what the student wrote."""
+    due = [on_policy.is_due(step, settings.on_policy_share) for step in range(len(curve) + 1)]
+    likewise = (point for point, each in zip(reversed(curve), reversed(due[:-1]), strict=True) if each == due[-1])
+    return next((point for point in likewise if "skipped" not in point), None)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunus.errors import BadData, BadRecipe, PrunusError
+from prunus.errors import BadData, BadRecipe, PrunusError, one_line
 from prunus.evaluate import evaluation_mode
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def check(task: LocalTask) -> None:
     ]
     try:
         TEMPLATES.from_string(task.query).render(row)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template may do anything with a row
         mistakes.append(f"query {task.query!r}: {error}; the first row's fields are {', '.join(row)}")
     if mistakes:
         raise BadRecipe("\n".join(f"task {task.name}: {mistake} ({task.file})" for mistake in mistakes))
@@ -228,9 +228,11 @@ def _run(
         found = lm_eval.evaluate(adapter, loaded, limit=limit, log_samples=False)
     except (ConnectionError, FileNotFoundError) as error:
         raise BadData(
-            f"the data of a task could not be had ({str(error).splitlines()[0]}). lm-eval's named tasks download "
+            f"the data of a task could not be had ({one_line(error)}). lm-eval's named tasks download "
             "theirs; run once with a network, or give a task over a local file."
         ) from error
+    except ImportError as error:
+        raise PrunusError(f"a task needs a package that is not installed ({one_line(error)})") from error
     return {name: _metrics(values) for name, values in found["results"].items()}
 
 
@@ -266,7 +268,7 @@ def _harness_task(task: LocalTask, cache: str) -> ConfigurableTask:
     try:
         return ConfigurableTask(config=config)
     except DatasetGenerationError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+        cause = one_line(error.__cause__ or error)
         raise BadRecipe(
             f"task {task.name}: {task.file} cannot be read as a table ({cause}); each line must be a JSON object with "
             "the same fields, and a field must hold the same type in all"
@@ -311,11 +313,11 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
 def _first_row(task: LocalTask) -> dict[str, Any]:
     if not task.file.is_file():
         raise BadRecipe(f"task {task.name}: no such file: {task.file}")
-    with task.file.open(encoding="utf-8") as lines:
-        line = next((line for line in lines if line.strip()), "")
     try:
+        with task.file.open(encoding="utf-8") as lines:
+            line = next((line for line in lines if line.strip()), "")
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise BadRecipe(f"task {task.name}: {task.file} is not JSON lines (one object a line): {error}") from error
     if not isinstance(row, dict):
         raise BadRecipe(f"task {task.name}: each line of {task.file} must be a JSON object with named fields")

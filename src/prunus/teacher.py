@@ -37,6 +37,8 @@ from prunus.text import Blocks
 
 KINDS = ("samples", "top_k", "hidden")
 SHARD_BLOCKS = 256
+OPEN_FILES = 64
+"""Shards that are mapped at once, since each takes a file descriptor."""
 BATCH_BLOCKS = 2
 ROWS = 64
 """Tokens whose probabilities are worked on at once."""
@@ -133,7 +135,7 @@ class Cache:
         """[B, S, …] of these blocks."""
         return np.stack([self._shard(name, index // SHARD_BLOCKS)[index % SHARD_BLOCKS] for index in indices])
 
-    @functools.cache  # noqa: B019 — a cache lives as long as the training that reads it
+    @functools.lru_cache(OPEN_FILES)  # noqa: B019 — bounded, and a cache itself is small
     def _shard(self, name: str, number: int) -> np.ndarray:
         file = _shard_file(self.folder, name, number)
         try:
@@ -143,7 +145,7 @@ class Cache:
                 f"{file}: cannot be read ({error}). Delete it and write the cache again; the rest stays."
             ) from error
 
-    @functools.cache  # noqa: B019
+    @functools.lru_cache(1)  # noqa: B019 — that of the training that runs
     def _head(self, device: torch.device) -> Head:
         tensors = load_file(self.folder / HEAD, device=str(device))
         if "scale" not in tensors:
@@ -251,7 +253,7 @@ def describe(
         raise ValueError(f"per_token is {per_token}; a token needs at least 1 id")
     whole = kind == "hidden"
     if kind == "top_k":
-        per_token = min(per_token, teacher.architecture.vocab)
+        per_token = min(per_token, teacher.architecture.vocab - 1)  # something must be left for the others' bucket
     return Manifest(
         kind=kind,
         per_token=0 if whole else per_token,

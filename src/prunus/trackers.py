@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,11 +66,13 @@ def _tensorboard(package: Any, run: str) -> Iterator[Callable[[dict[str, float],
 @contextlib.contextmanager
 def _wandb(package: Any, run: str) -> Iterator[Callable[[dict[str, float], int], None]]:
     """trackio has the same functions as Weights & Biases."""
-    package.init(project="prunus", name=run)
+    with contextlib.redirect_stdout(sys.stderr):  # where our own output may be read by a program
+        package.init(project="prunus", name=run)
     try:
         yield lambda values, tokens: package.log(values, step=tokens)
     finally:
-        package.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            package.finish()
 
 
 _OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _wandb}

@@ -22,7 +22,7 @@ VARIANTS = tuple(
                 read_scale="attention_in_multiplier",
                 write_scale="attention_out_multiplier",
             ),
-            bamba.OWN_FFN,
+            dataclasses.replace(bamba.OWN_FFN, module_scale="down_multiplier"),
         ),
         gated_norms={"mamba.norm": "mamba_groups"} if normed else {},
         constraints=("even_head_dim",),

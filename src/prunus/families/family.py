@@ -122,6 +122,7 @@ class Branch:
         write_gate: a projection whose sigmoid multiplies the write (Qwen's shared expert).
         beside: it reads the stream as the branch before it did, so the two run side by side.
         read_scale, write_scale: config keys of factors on what its module reads, and on what it adds.
+        module_scale: its module's attribute that holds a factor which the module itself puts on the write's output.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Branch:
     activation: str = ""
     read_scale: str | None = None
     write_scale: str | None = None
+    module_scale: str | None = None
 
     @property
     def mark(self) -> str:

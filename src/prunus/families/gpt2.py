@@ -1,6 +1,8 @@
 """GPT-2. Projections are Conv1D, [inputs, outputs]; learned positions; hidden and heads are cut together, as attention
 has no head_dim of its own."""
 
+import dataclasses
+
 from prunus.families._decoder import Weights
 from prunus.families.family import Branch, Family
 
@@ -53,7 +55,7 @@ FAMILY = Family(
     transposed=True,
     centred=True,
     constraints=("multi_head", "hidden_is_heads", "heads_divide_hidden"),
-    requires={"add_cross_attention": False},
+    requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
     unread=("attn.bias", "attn.masked_bias"),
     fields={
         "layers": "n_layer",
@@ -65,4 +67,13 @@ FAMILY = Family(
         "vocab": "vocab_size",
     },
     defaults={"ffn": "4*hidden"},
+)
+
+VARIANTS = (
+    FAMILY,
+    dataclasses.replace(
+        FAMILY,
+        requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": True},
+        uncut={"layers": "each divides its attention by its number (scale_attn_by_inverse_layer_idx)"},
+    ),
 )

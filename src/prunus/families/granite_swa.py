@@ -11,5 +11,5 @@ FAMILY = dataclasses.replace(
     granite.FAMILY,
     model_type="granite_swa",
     layer_weights={**granite.FAMILY.layer_weights, **SINKS},
-    per_layer_fields=("layer_types",),
+    per_layer_fields=("layer_types", "layer_rope_theta"),
 )
