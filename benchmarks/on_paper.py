@@ -34,7 +34,8 @@ PLANS = {
         {"model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,
          "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
          "vocab_size": 151936},
-        ["--arch", "layers=40,hidden=1792,expert_ffn=624", "--tokens", "10B"],
+        ["--arch", "layers=40,hidden=1792,expert_ffn=624", "--tokens", "10B",
+         "--set", "distill.gradient_checkpointing=true"],
     ),
 }  # fmt: skip
 OPTIONS = ["--gpus", "8", "--tflops", "600", "--gigabytes", "80", "--data", "text", "--to", "run"]
