@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import half_the_tokens_rows
+import halving_rows
 import pytest
 import quality_picture
 import quality_rows
@@ -10,6 +11,7 @@ from rows import read
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "rows" / "smollm2-135m"
+HALVING = ROOT / "benchmarks" / "rows" / "halving"
 HALF = ROOT / "benchmarks" / "rows" / "half"
 
 
@@ -21,6 +23,12 @@ def test_tables_of_methods_are_made_of_their_rows(share):
 
 def test_the_picture_is_made_of_the_same_rows():
     assert quality_picture.digest(ROWS) in (ROOT / "docs" / "quality.svg").read_text()
+
+
+def test_the_tournament_is_described_by_its_rows():
+    page = (ROOT / "docs" / "quality.md").read_text()
+    assert halving_rows.table(HALVING) in page
+    assert halving_rows.summary(HALVING) in page
 
 
 def test_the_table_of_half_the_tokens_is_made_of_its_rows():
