@@ -433,6 +433,9 @@ def test_a_data_set_of_the_hub_without_an_end(invoke, whole_model, tmp_path):
     result = invoke("distill", str(whole_model), *options)
     assert result.exit_code == 2
     assert "say how much of it to read" in result.stderr
+    result = invoke("distill", str(whole_model), *[word.replace("all-of-it", "typo.jsonl") for word in options])
+    assert result.exit_code == 2
+    assert "owner/typo.jsonl: no such file or folder" in result.stderr
 
 
 def test_an_unknown_option_and_command(invoke, whole_model):

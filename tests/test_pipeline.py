@@ -310,12 +310,10 @@ def test_a_mistake_in_a_task_is_told_before_a_finished_run_is_trained_again(run,
 def test_a_run_inside_the_folder_of_its_text_does_not_read_itself(whole_model, corpus, tmp_path, invoke):
     shutil.copy(corpus, tmp_path / "text.jsonl")
     flags = (*small_flags(tmp_path, tmp_path / "run"), "--stop-after", "text")
-    for _ in range(2):
-        assert invoke("compress", str(whole_model), *flags).exit_code == 0
+    assert invoke("compress", str(whole_model), *flags).exit_code == 0
 
 
 def test_here_is_a_folder_for_the_result(whole_model, corpus, tmp_path, invoke, monkeypatch):
-    monkeypatch.chdir(tmp_path / "..")
     (tmp_path / "student").mkdir()
     monkeypatch.chdir(tmp_path / "student")
     settings = ("--set", "teacher_cache=samples", "--tokens", "1k", "--to", ".")

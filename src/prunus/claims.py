@@ -103,9 +103,11 @@ def _leave(root: Path, found: set[Path] | None) -> None:
 
 def _stale(run: Run, redo: bool, redo_stage: str | None) -> list[str]:
     """Outputs that the changed recipe makes stale, if the user allows it."""
-    old = recipes.parse(recipes.read_yaml(run.root / "recipe.yaml"), source=str(run.root / "recipe.yaml"))
+    old = recipes.parse(run.recipe_before, source=str(run.root / "recipe.yaml"))
     if len(old.sizes) > 1:
         raise BadOutput(f"{run.root} holds runs of several sizes; give a new folder with --to, or name one of them")
+    if _beside(old) == _beside(run.recipe):  # the run was moved, and with it what it starts from
+        old = old.model_copy(update={"start": run.recipe.start, "to": run.recipe.to})
     changed = {stage: keys for stage in STAGES if (keys := _changed_keys(stage, old, run.recipe))}
     if other := _other_parent(run, old):
         changed["measure"] = [*changed.get("measure", []), other]
@@ -150,14 +152,12 @@ def _begun(output: Path) -> bool:
 def _changed_keys(stage: str, old: Recipe, new: Recipe) -> list[str]:
     before, after = (recipe.model_dump(exclude=WITHOUT_EFFECT) for recipe in (old, new))
     keys = [*DEPENDS_ON[stage], *(["distill"] if stage == "search" and new.search.tokens else [])]
-    changed = [key for key in keys if _value(before, key) != _value(after, key)]
-    return [key for key in changed if key != "start" or not _same_place(old, new)]
+    return [key for key in keys if _value(before, key) != _value(after, key)]
 
 
-def _same_place(old: Recipe, new: Recipe) -> bool:
-    """Whether both start from what lies at one place beside the run, which may have been moved with it."""
-    places = [each.start and os.path.relpath(each.start, Path(each.to).parent) for each in (old, new)]
-    return places[0] == places[1]
+def _beside(recipe: Recipe) -> str | None:
+    """Where a run starts, as seen from its folder."""
+    return recipe.start and os.path.relpath(recipe.start, recipe.to)
 
 
 def _value(recipe: dict[str, Any], key: str) -> object:

@@ -389,7 +389,7 @@ def _fitting(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         ranks=parallel.world().size,
-        divergence=settings.divergence,
+        settings=settings,
     )
     if settings.micro_blocks:
         return settings.micro_blocks, need.chunk_tokens

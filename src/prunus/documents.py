@@ -29,6 +29,8 @@ from prunus.errors import BadData, BadRecipe
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".rst": "text"}
 OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".zst": zstandard.open}
+OF_RUNS = ("run.json", "family.json")
+"""What lies in the folder of a run, and of several."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.+)?")
 CHAT_COLUMNS = ("messages", "conversations")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -50,8 +52,8 @@ def documents(source: str, *, text_field: str | None = None, render: Render | No
 
     Args:
         source: a .jsonl, .json, .parquet, .txt, .md or .rst file (.gz and .zst too), a folder of such files (searched
-            recursively, read in sorted order, hidden files left out), or a hub data set `owner/name` or
-            `owner/name:config`, of which the split `train` is streamed. A plain text file is one document.
+            recursively, read in sorted order, without hidden files and runs of ours), or a hub data set `owner/name`
+            or `owner/name:config`, of which the split `train` is streamed. A plain text file is one document.
         text_field: the column that holds the text. Default: `text`, or else a conversation in `messages` (role,
             content) or `conversations` (from, value), or else the only column of strings.
         render: makes text of a conversation; without it chat data is refused.
@@ -63,7 +65,7 @@ def documents(source: str, *, text_field: str | None = None, render: Render | No
     texts: Iterable[str]
     if path.exists():
         texts = itertools.chain.from_iterable(_read(file, text_field, render) for file in _files(path))
-    elif HUB_ID.fullmatch(source) and _reader(path) is None:
+    elif _is_on_hub(source):
         texts = _read_hub(source, text_field, render)
     else:
         raise BadData(f"{source}: no such file or folder. Check the path, or give a hub data set as owner/name.")
@@ -106,8 +108,13 @@ def _reader(file: Path) -> str | None:
 
 def check_ends(source: str, tokens: int | None) -> None:
     """Raises BadRecipe where a data set of the hub would be read without end."""
-    if tokens is None and not Path(source).exists() and HUB_ID.fullmatch(source):
+    if tokens is None and _is_on_hub(source):
         raise BadRecipe(f"{source!r} is on the hub; say how much of it to read (--tokens 10M)")
+
+
+def _is_on_hub(source: str) -> bool:
+    path = Path(source).expanduser()
+    return not path.exists() and HUB_ID.fullmatch(source) is not None and _reader(path) is None
 
 
 def _files(path: Path) -> list[Path]:
@@ -118,8 +125,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    runs = [file.parent for file in files if file.name == "run.json" and (file.parent / "recipe.yaml").is_file()]
-    files = [file for file in files if not any(run in file.parents for run in runs)]  # what we made of text is none
+    runs = [file.parent for file in files if file.name in OF_RUNS and (file.parent / "recipe.yaml").is_file()]
+    files = [file for file in files if not any(run in file.parents for run in runs)]
     if not files:
         raise BadData(f"{path}: no readable file in this folder. {readable}; put some there or give another folder.")
     return files

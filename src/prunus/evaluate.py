@@ -35,6 +35,9 @@ PROMPTS = (
     "In the nineteenth century, most people",
 )
 
+CACHES = ("past_key_values", "cache_params")
+"""What models call what they remember of earlier tokens."""
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -276,16 +279,13 @@ def _prefill_and_decode_seconds(model: PreTrainedModel, prompt_tokens: int, new_
     return times[0] - start, times[-1] - times[0]
 
 
-CACHES = ("past_key_values", "cache_params")
-"""What models call what they remember of earlier tokens."""
-
-
 def _greedy(model: PreTrainedModel, tokens_1S: Tensor) -> Iterator[int]:
     """The most likely next token, again and again, with a KV cache. The first step includes the prefill."""
     cache: dict[str, Any] = {}
     while True:
         out = model(input_ids=tokens_1S, use_cache=True, logits_to_keep=1, **cache)
         cache = {name: out[name] for name in CACHES if name in out}
+        assert cache, "a model that remembers nothing"
         tokens_1S = out.logits[:, -1:].argmax(-1)
         yield int(tokens_1S)  # the copy to the CPU waits for the device, so a clock around a step is right
 

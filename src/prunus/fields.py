@@ -26,21 +26,14 @@ def _count(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
 Block = Annotated[int, BeforeValidator(_count), Field(ge=2)]
-"""Of one token no next one could be predicted."""
-Amount = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
-    AfterValidator(check_amount),
-]
-
-Amounts = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
-    AfterValidator(lambda value: ",".join(check_amount(part.strip()) for part in value.split(","))),
-]
+"""Tokens of a block; of one alone no next one could be predicted."""
+_Text = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
+Amount = Annotated[_Text, AfterValidator(check_amount)]
+Amounts = Annotated[_Text, AfterValidator(lambda v: ",".join(check_amount(part.strip()) for part in v.split(",")))]
 
 
 def expanded(path: str) -> str:
+    """With the home folder for ~. Raises ValueError of a user that is not there."""
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError as error:

@@ -16,8 +16,9 @@ def check_goal(run: Run) -> None:
     """Refuse a run that could not come to its end.
 
     Raises:
-        BadRecipe: an architecture or budget that cannot be had, a longer block than the model can read, an unknown
-            task, a tracker or Ray not installed. BudgetUnreachable. PrunusError: lm-eval is not installed.
+        BadRecipe: an architecture or budget that cannot be had, a longer block than the model can read, ids that one of
+            the models lacks, an unknown task, a tracker or Ray not installed. BudgetUnreachable. PrunusError: lm-eval
+            is not installed.
     """
     recipe, model = run.recipe, run.first
     side_by_side.check(recipe.search.workers)

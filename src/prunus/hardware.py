@@ -75,7 +75,8 @@ def place(model: Model, *, device: torch.device | None = None, dtype: torch.dtyp
     torch.nn.Module.to(model, device=device)
     if dtype is not None:  # buffers stay as transformers keeps them, rotary frequencies in float32
         for weight in model.parameters():
-            weight.data = weight.data.to(dtype)
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
     attention.install(model)
     norms.install(model)
     rotary.install(model)

@@ -17,6 +17,7 @@ from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.errors import DoesNotFit
 from prunus.families import Branch, Family
+from prunus.schedule import Settings
 
 LARGEST_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a larger micro-batch is not faster."""
@@ -42,7 +43,7 @@ class Training:
         teacher_parameters: of the whole teacher.
         untrained: parameters of the student that stay as they are.
         gathered, teacher_gathered: of each the parameters that a rank of several holds whole at once.
-        divergence: see `losses.divergence`.
+        settings: of the training.
         block_size: tokens of a block.
         itemsize: bytes of a value in the type that is computed in.
         blocks: of a micro-batch.
@@ -63,7 +64,7 @@ class Training:
     untrained: int = 0
     gathered: int = 0
     teacher_gathered: int = 0
-    divergence: str = "forward_kl"
+    settings: Settings = field(default_factory=Settings)
     blocks: int = 1
     chunk_tokens: int = fused.CHUNK_TOKENS
     live_teacher: bool = True
@@ -187,7 +188,7 @@ def head(training: Training) -> int:
     rows = min(chunk, row_blocks.ROW_TOKENS)
     logits = 2 * rows * (2 * b if b < 4 and training.device == "cpu" else 4)
     worked_on = min(rows, row_blocks.CACHED_TOKENS) if training.device == "cpu" else rows
-    worked_on *= 4 * (3 if training.divergence == "forward_kl" else 9)
+    worked_on *= 4 * (3 if training.settings.divergence == "forward_kl" else 9)
     gradient = sizes.hidden * (b if training.tokens <= chunk else 4 + b)
     return sizes.vocab * (chunk * b + logits + worked_on + gradient)
 
@@ -201,7 +202,7 @@ def training(
     blocks: int = 1,
     gradient_checkpointing: bool = False,
     ranks: int = 1,
-    divergence: str = "forward_kl",
+    settings: Settings | None = None,
 ) -> Training:
     """Of two opened checkpoints; without a teacher one that is cached."""
     mine = (student.family, student.layout, student.architecture)
@@ -215,7 +216,7 @@ def training(
         gathered=cost.at_once(*mine),
         teacher_parameters=teacher.parameters if teacher else 0,
         teacher_gathered=cost.at_once(teacher.family, teacher.layout, teacher.architecture) if teacher else 0,
-        divergence=divergence,
+        settings=settings or Settings(),
         block_size=block_size,
         blocks=blocks,
         itemsize=dtype.itemsize,
@@ -385,7 +386,7 @@ def _advice(need: Training, free: int) -> str:
         "distill.teacher_cache=samples": {"live_teacher": False},
         "both of these": {"gradient_checkpointing": True, "live_teacher": False},
     }
-    if need.divergence != "forward_kl":
+    if not need.settings.learns_from_samples:
         changes = {name: change for name, change in changes.items() if "live_teacher" not in change}
     changes |= {f"torchrun with {ranks} GPUs": {"ranks": ranks} for ranks in (2, 4, 8, 16) if ranks > need.ranks}
     options = {name: total(dataclasses.replace(need, **change)) for name, change in changes.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from prunus import anatomy
-from prunus.evaluate import evaluation_mode
+from prunus.evaluate import CACHES, evaluation_mode
 from prunus.head import head_of
 
 
@@ -46,7 +46,7 @@ def continued(model: PreTrainedModel, tokens_BS: Tensor, *, seeds: Sequence[int]
     positions_BS = torch.arange(length, device=tokens_BS.device).expand_as(tokens_BS)
     generators = [torch.Generator(tokens_BS.device).manual_seed(seed) for seed in seeds]
     written_BS, body = tokens_BS.clone(), anatomy.body_of(model)
-    own_name = {"past_key_values", "cache_params"} & inspect.signature(body.forward).parameters.keys()
+    own_name = set(CACHES) & inspect.signature(body.forward).parameters.keys()
     cache = {name: DynamicCache(config=body.config) for name in own_name}
     with evaluation_mode([model]):
         for place in range(prompt, length):

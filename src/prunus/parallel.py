@@ -144,8 +144,8 @@ def share(items: list[Value]) -> list[Value]:
 def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype, fill: Callable[[Iterable[str]], None]) -> None:
     """Spread a model's float32 parameters over the ranks; each layer is gathered in `dtype` when it runs.
 
-    Gradients are summed over the ranks, not averaged: the losses are divided by the tokens of all of them already. So
-    they are after every micro-batch; to wait for the last would leave each rank with a whole gradient in float32.
+    Gradients are summed over the ranks, not averaged: the losses are divided by the tokens of all of them already. They
+    are summed after every micro-batch: to wait for the last would leave each rank with a whole gradient in float32.
 
     Args:
         root: the module whose forward uses the embedding and the output head, tied or not; they are gathered together
@@ -275,8 +275,8 @@ def load_state(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _bare_errors() -> Iterator[None]:
-    """PyTorch wraps what goes wrong with a state in an exception that is none of `Exception`; inside, it is the first
-    rank's own."""
+    """PyTorch wraps what goes wrong with a state in an exception that is none of `Exception`; inside, it is that of the
+    first rank that failed."""
     try:
         yield
     except CheckpointException as error:

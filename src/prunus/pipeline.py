@@ -38,17 +38,7 @@ from prunus.measure import measure, save_statistics
 from prunus.prune import prune
 from prunus.recipe import STAGES, Recipe
 from prunus.report import before_training, model_card, write_report
-from prunus.run import (
-    BASELINE,
-    LARGER,
-    TEACHER_CACHE,
-    TEXT,
-    TOURNAMENT,
-    Run,
-    check_folder,
-    open_run,
-    write_json,
-)
+from prunus.run import BASELINE, LARGER, TEACHER_CACHE, TEXT, TOURNAMENT, Run, check_folder, open_run, write_json
 from prunus.schedule import Settings
 from prunus.scores import save_scores
 from prunus.search import Candidate, Search, Standing, search
@@ -88,7 +78,11 @@ def compress(recipe: Recipe, *, redo: bool = False, redo_stage: str | None = Non
 
 
 def report_again(recipe: Recipe) -> Run:
-    """The page and the model card from what a run holds, and of several sizes the page of all; nothing else is done."""
+    """The page and the model card from what a run holds, and of several sizes the page of all; nothing else is done.
+
+    Raises:
+        BadOutput: a size was not evaluated yet, or a baseline is wanted that is not there.
+    """
     if len(recipe.sizes) > 1:
         members = sizes.members(recipe)
         if missing := [size.params for size in members if not Run(Path(size.to), size).finished("evaluate")]:
@@ -120,9 +114,11 @@ def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
         parallel.first_alone(lambda: stack.enter_context(claim_family(recipe, members[0])))
         for member in members:
             console.heading(f"{member.params}:")
-            runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
-            if not runs[-1].finished("report"):
-                sizes.forget_page(root)
+            try:
+                runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
+            finally:
+                if parallel.world().first and not Run(Path(member.to), member).finished("report"):
+                    sizes.forget_page(root)
         if recipe.stop_after == "report":
             parallel.first_alone(lambda: sizes.write_page(runs, root))
     return runs[-1]
@@ -178,12 +174,13 @@ def _text(run: Run) -> None:
                     label=labels[name],
                     progress=partial(step, total=most),
                 )
-        check_ids(text.load_blocks(to), run.first, run.teacher)
 
 
 def _measure(run: Run) -> None:
     """One pass over the calibration text."""
     options = run.recipe.measure
+    for blocks in (run.train, run.validation, run.test):
+        check_ids(blocks, run.first, run.teacher)
     source, gradients = opened(run.parent), options.gradients
     by_task = _by_task(run, source)  # first: a task that cannot be had should say so at once
     with console.bar("layers", unit="layers") as step:

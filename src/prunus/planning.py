@@ -219,7 +219,7 @@ def _memory(
         gathered=cost.at_once(first.family, first.layout, target),
         teacher_parameters=teacher.parameters,
         teacher_gathered=cost.at_once(teacher.family, teacher.layout, teacher.architecture),
-        divergence=options.divergence,
+        settings=Settings(**options.hyperparameters()),
         block_size=recipe.data.block_size,
         itemsize=machine.dtype.itemsize,
         live_teacher=options.teacher_cache is None,

@@ -23,7 +23,7 @@ from prunus.families import Family
 from prunus.layerwise import TokenBlocks
 from prunus.scores import Scores
 from prunus.selection import Kept, check_legal, select
-from prunus.source import Source, assign, in_memory, on_disk
+from prunus.source import Source, in_memory, on_disk
 from prunus.weights import Parts
 
 KEPT_FILE = "prunus.json"
@@ -108,9 +108,9 @@ def build(student: Student, dtype: torch.dtype) -> PreTrainedModel:
     tied = set(model.all_tied_weights_keys)
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing
-    # As transformers loads them: what is no parameter keeps a wider type, as biases that choose experts need it.
-    wide = {name: state[name] for name, _ in model.named_buffers() if name in state and state[name].dtype != dtype}
-    assign(model, {name: value for name, value in wide.items() if torch.promote_types(value.dtype, dtype) != dtype})
+    for name, buffer in model.named_buffers():  # as transformers loads them, a wider type stays
+        if name in state:
+            buffer.data = state[name].to(torch.promote_types(state[name].dtype, dtype))
     return model
 
 
@@ -155,9 +155,12 @@ def prune(
 
 
 def _fitted(now: Tensor, before: Parts) -> Tensor | Parts:
-    """A tensor as the repair left it, in the type that it is stored in; one that it left alone with all of its bits."""
-    alone = torch.equal(now.cpu(), before.whole().to(now.dtype))
-    return before if alone else now.to("cpu", before.dtype)
+    """A tensor as the repair left it, in the type that it is stored in; with all of its bits, if it left it alone."""
+    if torch.promote_types(before.dtype, now.dtype) != now.dtype and torch.equal(
+        now.cpu(), before.whole().to(now.dtype)
+    ):
+        return before
+    return now.to("cpu", before.dtype)
 
 
 def repaired(

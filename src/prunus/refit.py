@@ -66,7 +66,8 @@ def repair_layers(
             added_scale = layerwise.added_scale(student.config, family, branch)
             if not branch.beside:
                 entering = [batch.stream_BSH for batch in batches]
-            targets = _Targets(seen, [batch.stream_BSH for batch in batches], hidden, stream_scale, added_scale)
+            scale = added_scale * layerwise.module_scale(layer, branch)
+            targets = _Targets(seen, [batch.stream_BSH for batch in batches], hidden, stream_scale, scale)
             fit = _BranchFit(source, layer, branch, family, kept, number, walk.sizes, damping)
             written = fit.fitted(entering, inputs, seen.entering, targets)
             for batch, written_BSK in zip(batches, written, strict=True):
@@ -83,7 +84,7 @@ class _Targets:
         streams: the student's, before the branch.
         hidden: int64 [K], channels that stay.
         stream_scale: of the student's stream, as a share of the teacher's.
-        added_scale: factor on what the branch adds.
+        added_scale: factor on what the write adds.
     """
 
     seen: _Seen
@@ -155,11 +156,10 @@ class _BranchFit:
             for normed_BSK, each in zip(mine, inputs, strict=True)
         ]
         projection, sums = _projection(layer, branch.write), _Sums()
-        scale = layerwise.module_scale(layer, branch)
         # A shared expert sees every token, so it makes good what the routed ones leave.
         wholes = self._outputs(mine, inputs) if branch.experts else itertools.repeat(None)
         for place, (normed_BSK, inner_BSF, whole_BSK) in enumerate(zip(mine, inner, wholes, strict=False)):
-            inner_NF, targets_NK = inner_BSF.flatten(0, -2), targets[place] / scale
+            inner_NF, targets_NK = inner_BSF.flatten(0, -2), targets[place]
             inputs_NF = inner_NF if _bias(projection) is None else _with_ones(inner_NF)
             if branch.experts and branch.write_gate:
                 gate = layer.get_submodule(branch.write_gate)
@@ -171,7 +171,8 @@ class _BranchFit:
         _set(projection, sums.solver(self.damping)(sums.cross_OK, _joined(projection)))
         if branch.experts:
             return self._outputs(mine, inputs)
-        return (projection(inner_BSF) * scale for inner_BSF in inner)
+        scale = layerwise.module_scale(layer, branch)
+        return map(projection, inner) if scale == 1 else (projection(inner_BSF) * scale for inner_BSF in inner)
 
     def _outputs(self, normed: Iterable[Tensor], inputs: list[dict[str, Any]]) -> Iterator[Tensor]:
         for normed_BSK, each in zip(normed, inputs, strict=True):

@@ -65,6 +65,11 @@ class Settings:
     patience: int = 0
     seed: int = 0
 
+    @property
+    def learns_from_samples(self) -> bool:
+        """Whether a cache of the teacher's samples could stand in for it."""
+        return self.divergence == "forward_kl" and self.hidden_loss is None and not self.on_policy_share
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -43,6 +43,7 @@ def members(recipe: Recipe) -> list[Recipe]:
 
 
 def write_page(runs: Sequence[Run], root: Path) -> None:
+    """What all sizes came to, as JSON and for a reader."""
     family = results.family(runs)
     write_json(root / results.FAMILY, family)
     write_family(family, root / PAGE)

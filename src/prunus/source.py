@@ -85,7 +85,7 @@ def on_disk(teacher: Checkpoint) -> Source:
         try:
             yield hardware.place(module)
         finally:
-            assign(model, empty)
+            _assign(model, empty)
 
     outer = teacher.stored.keys() & teacher.family.outer_weights.keys()  # of these what text runs through
     around = {name.rpartition(".")[0] for name in outer if not name.startswith(teacher.family.vision)}
@@ -120,10 +120,10 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Iterable[str], 
         weight = checkpoint.tensor(name if name in checkpoint.stored else embedding)
         return weight.to(dtype if weight.dtype == checkpoint.dtype else torch.promote_types(weight.dtype, dtype))
 
-    assign(model, {name: read(name) for name in names})
+    _assign(model, {name: read(name) for name in names})
 
 
-def assign(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+def _assign(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """Let these be the model's parameters and buffers, without a copy where they are in place already."""
     for name, value in weights.items():
         path, _, own = name.rpartition(".")

@@ -72,7 +72,7 @@ class Losses(nn.Module):
 
     def forward(self, batch: Batch, num_tokens: int, expected: float | None = None) -> tuple[Tensor, Tensor | None]:
         """Divergence and hidden-state loss of these blocks, each divided by the tokens of the whole step. `expected` is
-        the divergence of the last one."""
+        the divergence of the last one of its kind."""
         (teacher,) = self._teacher
         settings, (indices, tokens_BS, positions_BS, mask_BS, own) = self.settings, batch
         mask_N = mask_BS.flatten()
@@ -154,6 +154,6 @@ def hidden_weight(curve: list[dict[str, Any]], settings: Settings) -> float:
 
 def _last(curve: list[dict[str, Any]], settings: Settings) -> dict[str, Any] | None:
     """The last step that was not left out, on text if the next one is, else on what the student wrote."""
-    due = [on_policy.is_due(step, settings.on_policy_share) for step in range(len(curve) + 1)]
-    likewise = (point for point, each in zip(reversed(curve), reversed(due[:-1]), strict=True) if each == due[-1])
-    return next((point for point in likewise if "skipped" not in point), None)
+    share, last = settings.on_policy_share, len(curve)
+    alike = (curve[s] for s in reversed(range(last)) if on_policy.is_due(s, share) == on_policy.is_due(last, share))
+    return next((point for point in alike if "skipped" not in point), None)

@@ -73,7 +73,7 @@ VARIANTS = (
     FAMILY,
     dataclasses.replace(
         FAMILY,
-        requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": True},
+        requires={**FAMILY.requires, "scale_attn_by_inverse_layer_idx": True},
         uncut={"layers": "each divides its attention by its number (scale_attn_by_inverse_layer_idx)"},
     ),
 )
