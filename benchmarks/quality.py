@@ -30,7 +30,7 @@ from texts import BLOCK_SIZE, tokenised
 from transformers import PreTrainedModel
 
 import prunus as pr
-from prunus import hardware
+from prunus import anatomy, hardware
 from prunus.budget import parse_quantity
 from prunus.checkpoint import from_config
 from prunus.head import head_of
@@ -42,6 +42,7 @@ from prunus.step import Losses, accumulate
 from prunus.tasks import LocalTask, run_tasks
 from prunus.teacher import Cache, Live, describe, write_cache
 from prunus.text import Blocks, targets
+from prunus.weight_size import size_of
 
 MICRO_BLOCKS = 2
 ROWS_OF_LOGITS = 256
@@ -148,7 +149,9 @@ ROWS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {**METHODS, OURS: prunu
 def trained(model: PreTrainedModel, teacher: Cache, blocks: Blocks, rate: float | None) -> PreTrainedModel:
     """`prunus.distill` of a copy of a model in memory, which need not be one that a checkpoint can hold."""
     model, settings = copy.deepcopy(model), Settings(tokens=blocks.num_tokens, learning_rate=rate)
-    schedule = plan(settings, hidden=model.config.hidden_size, num_blocks=len(blocks), block_size=blocks.block_size)
+    size = size_of([matrix] for matrix in anatomy.layers_of(model).parameters() if matrix.ndim > 1)
+    shape = {"num_blocks": len(blocks), "block_size": blocks.block_size, "hidden": model.config.hidden_size}
+    schedule = plan(settings, **shape, size=size)
     losses = Losses(model, teacher, blocks, settings, None, MICRO_BLOCKS)
     masters, curve = Masters(losses, hardware.compute_dtype(), weight_decay=settings.weight_decay), []
     masters.publish()

@@ -15,7 +15,7 @@ from conftest import add_tokenizer, tiny_model, weights_of
 from transformers import AutoTokenizer
 
 import prunus as pr
-from prunus import hidden
+from prunus import hidden, weight_size
 from prunus.checkpoint import save
 from prunus.distill import distill
 from prunus.documents import documents
@@ -25,7 +25,7 @@ from prunus.importance import score
 from prunus.masters import Masters
 from prunus.measure import measure
 from prunus.prune import prune
-from prunus.schedule import SCHEDULES, Settings, learning_rate, plan
+from prunus.schedule import LARGEST_STEP, SCHEDULES, Settings, learning_rate, plan
 from prunus.step import hidden_weight
 from prunus.text import tokenise
 
@@ -404,7 +404,20 @@ def test_a_student_far_from_its_teacher_goes_faster(setting, tmp_path):
     written = trained(setting, tmp_path / "a", settings=dataclasses.replace(FAST, learning_rate=None))
     points = json.loads((written.folder / "training.json").read_text())["curve"]
     kl = sum(point["loss"] for point in points[: max(1, round(0.05 * len(points)))])
-    assert max(point["learning_rate"] for point in points) == pytest.approx(2.5e-4 * math.sqrt(576 / 48 * kl))
+    size = weight_size.of_layers(setting[1])
+    assert LARGEST_STEP * size * math.sqrt(4) < 2.5e-4 * math.sqrt(576 / 48), "its weights are small"
+    highest = max(point["learning_rate"] for point in points)
+    assert highest == pytest.approx(LARGEST_STEP * size * math.sqrt(4 * kl))
+
+
+def test_small_weights_take_small_steps():
+    twos, ones = torch.full((3, 4), 2.0), torch.ones(3, 4)
+    assert weight_size.size_of([[twos]]) == 2.0
+    assert weight_size.size_of([[twos[:1], twos[1:]], [ones], [0 * ones]]) == pytest.approx(1.6**0.5)
+    known = {"hidden": 576, "num_blocks": 1000, "block_size": 32}
+    rates = [plan(Settings(), **known, size=size).learning_rate for size in (0.02, 0.2, math.inf)]
+    assert rates == pytest.approx([3e-5 * math.sqrt(2), 2.5e-4, 2.5e-4])
+    assert plan(Settings(learning_rate=1e-3), **known, size=0.02).learning_rate == 1e-3
 
 
 def test_derived_settings():

@@ -22,7 +22,7 @@ LAYERS = """
     sensitivity elimination packing experts weights storage checks shards hub checkpoint source documents text scores
     weight_norms measure depth importance selection repair refit
     row_blocks fused schedule memory prune pieces vocabulary shared_tokens evaluate tasks
-    masters teacher hidden on_policy step watch distill trackers
+    weight_size masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
     console mistakes fields recipe sides rounds run claims goal comparison results sizes summary
     inspection planning standalone pipeline cli __main__

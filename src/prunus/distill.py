@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunus import anatomy, hardware, hidden, layerwise, memory, parallel, watch
+from prunus import anatomy, hardware, hidden, layerwise, memory, parallel, watch, weight_size
 from prunus.checkpoint import Checkpoint, from_config, load, save
 from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
@@ -122,6 +123,7 @@ def distill(
         num_blocks=len(blocks),
         block_size=blocks.block_size,
         distilled=teacher is not None,
+        size=math.inf if random_init or settings.learning_rate else weight_size.of_layers(student),
     )
     dtype, device = dtype or hardware.compute_dtype(), hardware.device()
     _check(settings, schedule, teacher, blocks, pairs, validation)

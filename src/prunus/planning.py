@@ -352,7 +352,7 @@ def show(result: dict[str, Any]) -> None:
     console.print(
         f"Distillation: {training['steps']:,} steps of {training['batch_blocks']} × {training['block_size']} tokens "
         f"({training['tokens']:,} in all), learning rate {training['learning_rate']:.2g}"
-        + (" · √(KL at the start)" if training["by_distance"] else "")
+        + (" · √(KL at the start), less of small weights" if training["by_distance"] else "")
     )
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in result["peak_memory_parts"].items())
     each = " on each" if result["gpus"] > 1 else ""

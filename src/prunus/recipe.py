@@ -176,7 +176,7 @@ class Distill(Section):
     batch_tokens: Count | None = Field(None, description="tokens of a step; default: at least 256 steps")
     micro_blocks: Count | None = Field(None, description="blocks that go through the model at once; default: what fits")
     learning_rate: float | None = Field(
-        None, gt=0, description="peak; default: 2.5e-4 · √(576 / hidden) · √(KL at the start)"
+        None, gt=0, description="peak; default: 2.5e-4 · √(576 / hidden) · √(KL at the start), less of small weights"
     )
     schedule: name_of(SCHEDULES) = "cosine"  # type: ignore[valid-type]
     final_share: float = Field(0.1, ge=0, le=1)

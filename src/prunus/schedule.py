@@ -10,6 +10,9 @@ from prunus.errors import BadData
 
 UNIT_RATE = 2.5e-4
 """Learning rate of a student with 576 hidden channels that is 1 nat from its teacher."""
+LARGEST_STEP = 1.5e-3
+"""Of a step on one block, as a share of the weights: Adam moves each by about the learning rate, however small it is.
+Models differ by ten times in the size of their weights; measured on Gemma 3 270M, see LOG.md."""
 NATS = 0.05, 4.0
 """Divergences between which `distance` follows them."""
 
@@ -23,7 +26,8 @@ class Settings:
         batch_tokens: tokens of an optimizer step. None: at least 256 steps, at most 512 blocks a step.
         micro_blocks: blocks that go through the model at once; results differ by rounding only. None: what fits.
         learning_rate: peak. None: 2.5e-4 · √(576 / hidden) · √KL, where KL is the mean divergence of the warm-up, in
-            nats; at hidden 4096 and 1 nat 0.9e-4 (Minitron, arXiv:2408.11796: 1e-4). See `distance`.
+            nats; at hidden 4096 and 1 nat 0.9e-4 (Minitron, arXiv:2408.11796: 1e-4). See `distance`. Of small weights
+            less: at most `LARGEST_STEP` · their size · √(blocks of a step) · √KL.
         schedule: key of `SCHEDULES`.
         final_share: learning rate at the end, as a share of the peak.
         warmup_share: share of the steps with a linearly rising learning rate.
@@ -95,12 +99,21 @@ class Plan:
         return steps * self.batch_blocks * self.block_size
 
 
-def plan(settings: Settings, *, hidden: int, num_blocks: int, block_size: int, distilled: bool = True) -> Plan:
+def plan(
+    settings: Settings,
+    *,
+    hidden: int,
+    num_blocks: int,
+    block_size: int,
+    distilled: bool = True,
+    size: float = math.inf,
+) -> Plan:
     """Steps, batch and learning rate.
 
     Args:
         hidden: channels of the student.
         distilled: from a teacher, not from the text itself.
+        size: of the weights it starts from, see `weight_size`; infinity of random ones, which may go far.
     Raises:
         BadData: the text is less than one step.
     """
@@ -116,7 +129,8 @@ def plan(settings: Settings, *, hidden: int, num_blocks: int, block_size: int, d
             f"distillation needs at least one step of {batch_blocks * block_size} tokens, but there are {tokens}; "
             "give more text or a smaller batch"
         )
-    rate = settings.learning_rate or UNIT_RATE * math.sqrt(576 / hidden)
+    derived = min(UNIT_RATE * math.sqrt(576 / hidden), LARGEST_STEP * size * math.sqrt(batch_blocks))
+    rate = settings.learning_rate or derived
     forward_kl = settings.divergence == "forward_kl" and not settings.cross_entropy_share
     by_distance = distilled and forward_kl and settings.learning_rate is None
     return Plan(steps, batch_blocks, block_size, rate, max(1, round(settings.warmup_share * steps)), by_distance)
