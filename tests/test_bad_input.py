@@ -226,7 +226,7 @@ def test_what_is_no_model(refused, corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(tmp_path / "empty")
     assert "a model is a Hugging Face folder, a hub id or a .gguf file, not a .jsonl" in refused(corpus)
-    assert "no such file or folder, and not a hub id (owner/name)" in refused(tmp_path / "nowhere")
+    assert "nowhere: no such file or folder: neither a run, a recipe nor a model" in refused(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "nosuch"])

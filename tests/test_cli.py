@@ -363,3 +363,11 @@ def test_distill_alone_says_what_held_out_losses_need(invoke, whole_model, corpu
     refused = invoke(*command, "--to", str(tmp_path / "a"), "--set", "evaluate_every=2")
     assert refused.exit_code == 2
     assert "--heldout" in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["report", "evaluate", "compress", "plan"])
+def test_a_run_that_is_not_there_is_called_that(invoke, tmp_path, command):
+    refused = invoke(command, str(tmp_path / "nowhere"))
+    assert refused.exit_code == 2
+    assert "no such" in refused.stderr
+    assert "is missing" not in refused.stderr
