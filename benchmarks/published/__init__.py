@@ -21,6 +21,7 @@ METHODS: Mapping[str, Callable[[Bench], PreTrainedModel]] = {
     "LaCo": depth.laco,
     "Minitron depth (M2)": depth.contiguous,
     "Minitron width (M1)": ranked.minitron,
+    "Minitron width, neurons by activation": ranked.minitron_activation,
     "Torch-Pruning": packages.torch_pruning,
     "ModelOpt's score": packages.modelopt,
 }

@@ -61,13 +61,15 @@ def _narrowed(bench: Bench, percent: int) -> PreTrainedModel:
             head_pruning_ratio=share,
             round_to=4,
         ).step()
+    if model.config.tie_word_embeddings:  # it narrows both, and leaves two equal copies
+        model.lm_head.weight = model.get_input_embeddings().weight
     model.set_attn_implementation(implementation)
     return model
 
 
 def modelopt(bench: Bench) -> PreTrainedModel:
-    """ModelOpt's iterative channel contribution (Puzzletron's score of FFN neurons) on the shape that Prunus found, the
-    rest as in Minitron. Its own tool for Minitron needs Megatron-Core and a GPU."""
+    """ModelOpt's iterative channel contribution (Puzzletron's score of FFN neurons) on the shape that Prunus found;
+    channels as in Minitron, heads as Prunus scores them. Its own tool for Minitron needs Megatron-Core and a GPU."""
     from modelopt.torch.prune.importance_hooks.base_hooks import IterativeChannelContributionHook
 
     model = bench.model()

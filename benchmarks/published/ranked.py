@@ -43,6 +43,13 @@ def minitron(bench: Bench) -> PreTrainedModel:
     return bench.sliced(bench.shape, scores, norm_correction=False, head_residuals=True)
 
 
+def minitron_activation(bench: Bench) -> PreTrainedModel:
+    """The same with neurons by what the down projection reads, as NVIDIA's own tool scores those of gated FFNs
+    (modelopt.torch.prune, mcore_minitron); the paper's formula is of the first projection, before the activation."""
+    scores = pr.score(bench.statistics, ffn="activation", hidden="norm_output", heads="output", kv_heads="sum")
+    return bench.sliced(bench.shape, scores, norm_correction=False, head_residuals=True)
+
+
 def _by(bench: Bench, name: str, layers: str = "block_influence") -> PreTrainedModel:
     axes = {axis: name for axis in ("hidden", "ffn", "heads", "kv_heads") if axis in bench.teacher.architecture}
     return bench.sliced(bench.shape, pr.score(bench.statistics, layers=layers, **axes), norm_correction=False)
