@@ -22,6 +22,7 @@ from prunus.checkpoint import Checkpoint
 from prunus.evaluate import Quality, quality
 from prunus.families import Family
 from prunus.prune import Student, build, cut, repaired
+from prunus.repair import DAMPING
 from prunus.scores import Scores
 from prunus.source import in_memory, on_disk
 from prunus.space import TOLERANCE, cuts_of, legal_architectures
@@ -52,7 +53,7 @@ class Candidate:
 
     Attributes:
         parameters: of the whole model, a tied head counted once.
-        predicted_damage: nats per token above the teacher, from scores and probes.
+        predicted_damage: nats per token above the teacher, from scores and probes; NaN where nobody asked.
         measured: on held-out text after repair, without training; None if it was not built.
         trained: how it did in a tournament, if it took part in one.
     """
@@ -93,10 +94,10 @@ class Search:
         return replace(self, candidates=[*first, *rest])
 
     def with_best(self, architecture: Architecture, budget: Budget) -> Search:
-        """Another architecture ahead of the candidates, next to the best of them."""
+        """Another architecture ahead of the candidates, of which nothing was predicted."""
         if architecture == self.best.architecture:
             return self
-        first = Candidate(architecture, budget.parameters(architecture), self.best.predicted_damage)
+        first = Candidate(architecture, budget.parameters(architecture), math.nan)
         return replace(self, candidates=[first, *self.candidates])
 
 
@@ -169,6 +170,7 @@ def search(
     repair: bool = True,
     norm_correction: bool = True,
     head_residuals: bool = False,
+    damping: float = DAMPING,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Search:
     """Legal architectures near the budget, best first.
@@ -180,14 +182,14 @@ def search(
         candidates: how many are built and measured.
         probe_blocks: calibration blocks for each probe and candidate.
         tolerance, portable: see `space.legal_architectures`.
-        norm_correction, head_residuals: how they are cut, see `prune.cut`.
+        norm_correction, head_residuals, damping: how they are cut and repaired, see `prune.prune`.
     Raises:
         BudgetUnreachable: no legal model is that small.
         DoesNotFit: the teacher and a repaired student would take more memory than is free.
     """
     family, source = teacher.family, teacher.architecture
     found = legal_architectures(family, source, budget, tolerance=tolerance, portable=portable)
-    gap = abs(budget.use(found[0]) - 1)
+    gap = min(abs(budget.use(each) - 1) for each in found)
     note = None
     if gap > tolerance:
         note = f"no legal architecture lies within {tolerance:.0%} of {budget}; the nearest misses it by {gap:.1%}"
@@ -201,7 +203,9 @@ def search(
         built = [*probes.values(), found[0]]
         fits = memory.check_search(teacher, built, blocks=fitted, block_size=text.block_size)
         sliced = partial(cut, teacher, scores, norm_correction=norm_correction, head_residuals=head_residuals)
-        measurer = _Measurer(teacher, sliced, text, heldout, repair, fits.streamed, total, progress)
+        measurer = _Measurer(
+            teacher, sliced, text, heldout, damping if repair else None, fits.streamed, total, progress
+        )
         losses = {probe: measurer(probe).loss for probe in dict.fromkeys(probes.values())}
         slopes |= {
             axis: _slope(losses[probe] - measurer.base.loss, lost_share(scores, source, probe))
@@ -219,7 +223,8 @@ def search(
 
 
 class _Measurer:
-    """Builds, repairs and measures architectures with one teacher, in memory or `streamed`."""
+    """Builds, repairs and measures architectures with one teacher, in memory or `streamed`; without damping, nothing is
+    repaired."""
 
     def __init__(
         self,
@@ -227,12 +232,12 @@ class _Measurer:
         cut: Callable[[Architecture], Student],
         calibration: Blocks,
         heldout: Blocks,
-        repair: bool,
+        damping: float | None,
         streamed: bool,
         total: int,
         progress: Callable[[int, int], None],
     ) -> None:
-        self.teacher, self.cut, self.repair = teacher, cut, repair
+        self.teacher, self.cut, self.damping = teacher, cut, damping
         self.calibration, self.heldout = calibration, heldout
         # Weights are fitted in the teacher's own type; to compare, the one that the machine is fastest in will do.
         self.dtype, dtype, device = hardware.fast_dtype(teacher.dtype), hardware.compute_dtype(), hardware.device()
@@ -247,8 +252,8 @@ class _Measurer:
     @torch.no_grad()
     def __call__(self, architecture: Architecture) -> Quality:
         student = self.cut(architecture)
-        if self.repair:
-            model = repaired(self.teacher, student, self.calibration, source=self.source)
+        if self.damping is not None:
+            model = repaired(self.teacher, student, self.calibration, source=self.source, damping=self.damping)
         else:
             model = hardware.place(build(student, self.dtype), device=hardware.device())
         self.done += 1

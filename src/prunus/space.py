@@ -35,6 +35,9 @@ def legal_architectures(
 ) -> list[Architecture]:
     """Every legal architecture within the tolerance of the budget; else the nearest one alone.
 
+    Where what the budget counts comes in large steps, as layers and groups of a KV cache do, those are near enough of
+    which nothing could stay larger, too: half of the cache is 15 layers of three groups, or 22 of two.
+
     Args:
         portable: only such as llama.cpp and vLLM load too (see `Family.elsewhere`).
     Raises:
@@ -51,17 +54,49 @@ def legal_architectures(
     def gap(architecture: Architecture) -> float:
         return abs(budget.use(architecture) - 1)
 
+    def meets(architecture: Architecture) -> bool:
+        return gap(architecture) <= tolerance or (
+            architecture[filler] == teacher[filler]
+            and budget.use(architecture) < 1
+            and not _binding_counts(filler, architecture, budget)
+            and all(budget.use(larger) > 1 + tolerance for larger in _one_more(family, teacher, grid, architecture))
+        )
+
     # A size that alone goes below the budget is in no architecture that meets it, and would crowd out those that are.
-    near = {
-        axis: [size for size in sizes if budget.use(_sized(teacher, {axis: size})) >= 1 - tolerance]
-        for axis, sizes in grid.items()
-    }
-    if found := [candidate for candidate in filled(near) if gap(candidate) <= tolerance]:
+    near = {axis: _near(teacher, budget, axis, sizes, filler, tolerance) for axis, sizes in grid.items()}
+    if found := [candidate for candidate in filled(near) if meets(candidate)]:
         return found
     smallest = min(_without(filler, family, teacher, grid), key=budget.use, default=teacher)
     if budget.use(smallest) > 1 + tolerance:
         raise BudgetUnreachable(_too_little(budget, smallest, tolerance))
     return [min(filled(grid), key=gap, default=smallest)]
+
+
+def _near(
+    teacher: Architecture, budget: Budget, axis: str, sizes: list[int], filler: str, tolerance: float
+) -> list[int]:
+    """Those that an architecture near the budget may have. Where no neurons fill a gap, the next one below, too."""
+    enough = [size for size in sizes if budget.use(_sized(teacher, {axis: size})) >= 1 - tolerance]
+    coarse = not _binding_counts(filler, teacher, budget)
+    return sizes[: len(enough) + 1] if coarse else enough
+
+
+def _binding_counts(filler: str, architecture: Architecture, budget: Budget) -> bool:
+    """Whether the limit that is used up most counts these neurons."""
+    return budget.use(architecture.replace(**{filler: 1})) < budget.use(architecture)
+
+
+def _one_more(
+    family: Family, teacher: Architecture, grid: Options, architecture: Architecture
+) -> Iterator[Architecture]:
+    """The architecture with the next larger legal size of each axis."""
+    own = {axis: architecture[axis] for axis in architecture.axes() if axis != "heads"}
+    if PER_GROUP in grid:
+        own[PER_GROUP] = architecture.heads // architecture.kv_heads
+    for axis, sizes in grid.items():
+        above = (_sized(teacher, {**own, axis: size}) for size in sorted(sizes) if size > own[axis])
+        legal = (larger for larger in above if larger == teacher or not illegal_cut(family, teacher, larger))
+        yield from itertools.islice(legal, 1)
 
 
 def _too_little(budget: Budget, smallest: Architecture, tolerance: float) -> str:
