@@ -189,9 +189,23 @@ def test_a_tied_head_that_is_stored_too(model, invoke):
     assert invoke("inspect", str(model)).exit_code == 0
 
 
-@pytest.mark.parametrize("config", ["{", "[]", "3", '{"model_type": "llama", "hidden_size": "wide"}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("{", "[]", "3", '{"model_type": ["llama"]}', '{"model_type": "llama", "hidden_size": "wide"}'),
+        *('{"model_type": "llama", "num_attention_heads": 0}', '{"model_type": "jamba", "attn_layer_period": 0}'),
+        '{"model_type": "nemotron-nas", "block_configs": 3}',
+        '{"model_type": "nemotron-nas", "block_configs": [{"attention": {}}]}',
+    ],
+)
 def test_a_damaged_config(model, refused, config):
     (model / "config.json").write_text(config)
+    assert "config.json is not a valid config" in refused(model)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "sillu"}, {"pad_token_id": 999}])
+def test_a_config_that_no_model_can_be_made_of(model, refused, changes):
+    reconfigure(model, **changes)
     assert "config.json is not a valid config" in refused(model)
 
 
@@ -279,6 +293,7 @@ def test_a_gguf_that_is_not_there(refused, tmp_path):
         ("--arch", "hiden=24", "unknown axis 'hiden'; did you mean 'hidden'?"),
         ("--arch", "ffn=41", "ffn=41 is larger than the teacher's 40; pruning only removes"),
         ("--arch", "ffn=0", "ffn must be a whole number of at least 1, not '0'"),
+        ("--arch", "ffn=²", "ffn must be a whole number of at least 1, not '²'"),
         ("--arch", "ffn", "ffn must be a whole number of at least 1, not ''"),
     ],
 )
@@ -544,6 +559,13 @@ def test_text_of_a_refused_recipe_is_not_taken_for_that_of_the_one_before(invoke
     refused = invoke(*command, "--redo", "--data", str(other), "--heldout", str(empty))
     assert "empty.txt" in only_message(refused)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_training_that_cannot_begin_takes_no_results_away(invoke, whole_run):
+    before = contents(whole_run)
+    options = ["--params", "0.8x", "--set", "distill.batch_tokens=1M", "--redo"]
+    assert "at least one step of" in only_message(invoke("compress", str(whole_run), *options))
+    assert contents(whole_run) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError("CUDA out of memory")])

@@ -12,8 +12,11 @@ from conftest import SIZES, add_tokenizer, make_text, small_flags, tiny_model
 from test_recipe import RECIPES
 from transformers import AutoModelForCausalLM
 
-from prunus import checkpoint, hardware, recipe, weights
+from prunus import checkpoint, hardware, memory, recipe, weights
+from prunus.budget import parse_budget
+from prunus.errors import DoesNotFit
 from prunus.run import Run
+from prunus.search import probe_architectures
 
 COMMANDS = ("compress", "inspect", "plan", "measure", "score", "search", "prune", "distill", "evaluate", "report")
 
@@ -85,7 +88,7 @@ def test_plan_for_other_machines(invoke, whole_model, corpus, tmp_path):
     parts = [plan["peak_memory_parts"]["masters, gradients, Adam"] for plan in (one, eight)]
     assert parts[1] == parts[0] // 8
     cached = invoke("plan", str(whole_model), *options, *machine, "--set", "distill.teacher_cache=samples", "--json")
-    assert as_json(cached)["disk_bytes"] == one["disk_bytes"] + 38 * 1024
+    assert as_json(cached)["disk_bytes"] == one["disk_bytes"] + 38 * (1024 + 1024)
     assert "on 8 GPUs" in done(invoke("plan", str(whole_model), *options, "--gpus", "8", *machine))
     refused = invoke("plan", str(whole_model), *options, "--gpus", "1", "--gigabytes", "0.0001")
     assert refused.exit_code == 2
@@ -105,6 +108,86 @@ def test_a_plan_for_gpus_does_not_depend_on_this_machine(invoke, whole_model, co
     assert plans[0] == plans[1] == plans[2]
     assert plans[0]["repair_memory_bytes"] > 0
     assert plans[0]["search_memory_bytes"] > 0
+    assert plans[0]["measure_memory_bytes"] > 0
+
+
+def test_a_plan_knows_what_will_lie_on_the_disk(invoke, whole_model, corpus, run_folder, tmp_path):
+    folders = ("0-text", "3-pruned", "4-distilled")
+    files = [file for name in folders for file in (run_folder / name).rglob("*") if file.suffix in (".npy", SAFE)]
+    plan = as_json(invoke("plan", str(whole_model), *small_flags(corpus, tmp_path / "run"), "--json"))
+    assert plan["disk_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.05)
+    assert all((run_folder / Path(file).relative_to(tmp_path / "run")).exists() for file in plan["writes"])
+
+
+SAFE = ".safetensors"
+
+
+@pytest.mark.parametrize(
+    ("options", "last", "models"),
+    [
+        (["stop_after=text"], "0-text/heldout", 0),
+        (["stop_after=search", "distill.teacher_cache=samples"], "2-candidates.json", 0),
+        (["stop_after=prune", "baseline=true"], "3-pruned", 1),
+        (["stop_after=distill", "baseline=true"], "4-baseline", 3),
+        (["stop_after=distill", "distill.teacher_cache=samples"], "4-teacher-cache", 2),
+    ],
+)
+def test_a_plan_lists_what_is_written_up_to_where_a_run_stops(
+    invoke, whole_model, corpus, tmp_path, options, last, models
+):
+    settings = [part for option in options for part in ("--set", option)]
+    plan = as_json(invoke("plan", str(whole_model), *small_flags(corpus, tmp_path / "run"), *settings, "--json"))
+    assert plan["writes"][-1] == f"{tmp_path}/run/{last}"
+    cache = 38 * 2048 if last == "4-teacher-cache" else 0
+    text = 96 * (32 * 4 + 8)
+    assert plan["disk_bytes"] == models * plan["student"]["bytes"] + text + cache
+
+
+def test_a_plan_that_stops_before_the_training_needs_no_memory_for_it(
+    invoke, whole_model, corpus, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise DoesNotFit("training")
+
+    monkeypatch.setattr(memory, "fitting", refuse)
+    options = [str(whole_model), *small_flags(corpus, tmp_path / "run")]
+    assert invoke("plan", *options).exit_code == 2
+    plan = as_json(invoke("plan", *options, "--set", "stop_after=prune", "--json"))
+    assert plan["training"] is None
+    assert plan["peak_memory_bytes"] == 0
+    assert plan["repair_memory_bytes"] > 0
+    shown = done(invoke("plan", *options, "--set", "stop_after=score"))
+    assert "Peak memory of the measurement" in shown
+    assert not any(stage in shown for stage in ("training", "Distillation", "the search:", "the repair"))
+
+
+def test_a_plan_of_longer_blocks_than_the_model_reads_is_refused(invoke, whole_model, corpus, tmp_path):
+    options = [*small_flags(corpus, tmp_path / "run"), "--set", "data.block_size=256"]
+    refused = invoke("plan", str(whole_model), *options)
+    assert refused.exit_code == 2
+    assert "data.block_size: 256 tokens, but the model knows 128 positions" in refused.stderr
+
+
+def test_a_measurement_that_does_not_fit_is_planned_with_less_text(invoke, whole_model, corpus, tmp_path):
+    options = [*small_flags(corpus, tmp_path / "run"), "--set", "measure.tokens=100M", "--set", "stop_after=score"]
+    refused = invoke("plan", str(whole_model), *options, "--gpus", "1", "--gigabytes", "1")
+    assert refused.exit_code == 2
+    assert "measuring needs" in refused.stderr
+    assert "This would fit: measure.tokens=" in refused.stderr
+
+
+def test_the_time_of_a_search_is_that_of_the_models_it_builds(invoke, whole_model, corpus, tmp_path):
+    options = [*small_flags(corpus, tmp_path / "run"), "--gpus", "1", "--json"]
+    two, six = (
+        as_json(invoke("plan", str(whole_model), *options, "--set", f"search.candidates={count}"))["seconds"]["search"]
+        for count in (2, 6)
+    )
+    teacher = checkpoint.load(whole_model)
+    budget = parse_budget(teacher, params="0.7x")
+    probes = len(set(probe_architectures(teacher.family, teacher.architecture, budget).values()))
+    assert six / two == pytest.approx((probes + 6) / (probes + 2))
+    named = small_flags(corpus, tmp_path / "run", budget=("--arch", "ffn=20"))
+    assert as_json(invoke("plan", str(whole_model), *named, "--json"))["seconds"]["search"] == 0
 
 
 @pytest.mark.parametrize(
@@ -189,6 +272,19 @@ def test_a_run_that_was_moved_or_copied(invoke, run_folder, tmp_path):
     found = as_json(invoke("prune", str(copy), "--set", "prune.damping=0.1", "--json"))
     assert found["files"]["prune"] == str(copy / "3-pruned")
     assert {file: file.stat().st_mtime_ns for file in run_folder.rglob("*")} == before
+
+
+def test_a_teacher_that_was_moved_is_the_same_teacher(invoke, whole_model, run_folder, tmp_path):
+    copy, moved = shutil.copytree(run_folder, tmp_path / "run"), shutil.copytree(whole_model, tmp_path / "moved")
+    done(invoke("compress", str(copy), "--set", f"model={moved}", "--stop-after", "prune"))
+    assert recipe.read_yaml(copy / "recipe.yaml")["model"] == str(moved)
+
+
+def test_page_and_card_say_what_was_evaluated_last(invoke, run_folder, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    done(invoke("evaluate", str(copy), "--set", "evaluate.speed=false"))
+    assert "Speed was not measured" in (copy / "4-distilled/README.md").read_text()
+    assert "Speed was not measured" in (copy / "report.html").read_text()
 
 
 def test_a_recipe_is_distilled_where_it_is_said(invoke, run_folder, tmp_path):

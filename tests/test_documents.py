@@ -294,3 +294,12 @@ def test_shuffling_keeps_every_document_and_repeats_itself() -> None:
     assert sorted(found) == sorted(docs)
     assert found == list(shuffled(docs, seed=0, buffer=50))
     assert found != list(shuffled(docs, seed=1, buffer=50))
+
+
+def test_no_more_is_held_than_so_many_characters() -> None:
+    read = []
+    docs = ("x" * 100 for number in range(300) if not read.append(number))
+    found = shuffled(docs, seed=0, characters=1000)
+    next(found)
+    assert len(read) == 11
+    assert len(list(found)) == 299

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from prunus import evaluate
-from prunus.errors import BadCheckpoint, BadData
+from prunus.errors import BadCheckpoint, BadData, BadRecipe
+from prunus.evaluate import check_prompts
 from prunus.head import Head
 from prunus.text import Blocks
 
@@ -285,3 +286,12 @@ def test_samples_stop_at_the_end_of_text(tokenizer: PreTrainedTokenizerFast) -> 
         first = int(model(ids).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [first]
     assert evaluate.continuations(model, tokenizer, ["Water"], max_new_tokens=6) == [""]
+
+
+def test_a_prompt_without_any_token_is_refused_before_anything_runs():
+    def blind(text: str) -> dict:
+        return {"input_ids": [1] * len(text.strip())}
+
+    check_prompts(blind, ["a"])
+    with pytest.raises(BadRecipe, match="' ' has no token"):
+        check_prompts(blind, ["a", " "])

@@ -316,11 +316,17 @@ def test_the_card_of_a_cut_student_is_its_own() -> None:
 
 
 def test_card_does_not_publish_a_local_path() -> None:
-    report = minimal_report() | {"recipe": {"model": "/home/someone/models/tiny", "out": "~/work/out"}}
+    recipe = {
+        "model": "/home/someone/models/tiny",
+        "out": "~/work/out",
+        "data": {"train": ["/home/a b/some one/x.txt"]},
+    }
+    report = minimal_report() | {"recipe": recipe}
     card = model_card(report | {"warnings": ["/home/someone/text.jsonl was short; 3 tokens/s"]})
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == "tiny"
     assert "distilled" not in front["tags"], "it was only repaired"
     assert "someone" not in card
+    assert "some one" not in card
     assert "- text.jsonl was short; 3 tokens/s" in card
     assert "model: tiny\nout: out" in card

@@ -144,6 +144,17 @@ def test_cautions(changes: dict, words: str) -> None:
     assert words in " ".join(cautions(complete(report(**changes))))
 
 
+@pytest.mark.parametrize(("target", "missed"), [(1000, False), (650, False), (500, True)])
+def test_a_token_that_takes_longer_than_it_may_is_named(target: int, missed: bool) -> None:
+    """40 tokens a second became 60."""
+    run = report() | {"uncut": {"costs": {"latency": 1000}}}
+    run["budget"] = {"text": "latency ?", "limits": [{"kind": "latency", "unit": "µs", "target": target}], "note": None}
+    found = [each for each in cautions(complete(run)) if "budget" in each]
+    assert bool(found) == missed
+    if missed:
+        assert "a token takes 67% of the teacher's time, allowed were 50%" in found[0]
+
+
 def test_cautions_about_text_budget_and_stages() -> None:
     run = report() | {"warnings": ["the run's own"]}
     run["text"]["heldout"] = {"tokens": 5000, "fingerprint": "aa"}

@@ -19,11 +19,12 @@ from prunus.errors import BadOutput, PrunusError
 from prunus.recipe import STAGES, Recipe
 from prunus.run import ASIDE, BASELINE, LARGER, OUTPUTS, TOURNAMENT, Run, is_run, write_json, write_recipe
 
+CUT_BY = ("prune.repair", "prune.norm_correction", "prune.head_residuals", "prune.damping")
 DEPENDS_ON = {
     "text": ("model", "data", "distill.tokens", "measure.tokens", "prune.tokens"),
     "measure": ("start", "uneven", "measure", "distill.seed"),
     "score": ("score",),
-    "search": (*LIMITS, "context", "arch", "search", "prune.repair", "prune.norm_correction", "prune.head_residuals"),
+    "search": (*LIMITS, "context", "arch", "search", *CUT_BY),
     "prune": ("prune",),
     "distill": ("distill",),
     "evaluate": ("evaluate",),
@@ -108,6 +109,8 @@ def _stale(run: Run, redo: bool, redo_stage: str | None) -> list[str]:
         raise BadOutput(f"{run.root} holds runs of several sizes; give a new folder with --to, or name one of them")
     if _beside(old) == _beside(run.recipe):  # the run was moved, and with it what it starts from
         old = old.model_copy(update={"start": run.recipe.start, "to": run.recipe.to})
+    if run.log.get("teacher") == run.teacher.fingerprint:  # or the teacher was
+        old = old.model_copy(update={"model": run.recipe.model})
     changed = {stage: keys for stage in STAGES if (keys := _changed_keys(stage, old, run.recipe))}
     if other := _other_parent(run, old):
         changed["measure"] = [*changed.get("measure", []), other]

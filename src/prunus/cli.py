@@ -109,8 +109,8 @@ def _run(
         recipe = _recipe(source, changes, settings)
         _show(report_again(recipe), recipe, as_json)
         return
-    if stage != "compress":
-        changes["stop_after"] = stage
+    if stage != "compress":  # page and card say what was evaluated
+        changes["stop_after"] = "report" if again == "evaluate" else stage
     elif is_run(Path(source)) and changes["stop_after"] is None:
         changes["stop_after"] = "report"  # the run may have been stopped earlier; now everything is asked for
     recipe = _recipe(source, changes, settings)

@@ -23,7 +23,7 @@ from prunus.errors import BadData, BadOutput, Stopped, TrainingDiverged
 from prunus.evaluate import quality
 from prunus.frozen import freeze
 from prunus.masters import Masters, ShardedMasters
-from prunus.schedule import Plan, Settings, learning_rate, plan
+from prunus.schedule import Plan, Settings, check_shared, learning_rate, plan
 from prunus.source import filling, hollow
 from prunus.step import STUDENT, Losses, accumulate
 from prunus.teacher import Cache, Live, Teacher, Text
@@ -236,12 +236,7 @@ def _check(
     validation: Blocks | None,
 ) -> None:
     """Refuse what would fail, or teach the wrong thing, before anything is loaded."""
-    ranks = parallel.world().size
-    if schedule.batch_blocks % ranks:
-        raise BadData(
-            f"a step of {schedule.batch_blocks} blocks cannot be shared evenly by {ranks} ranks; "
-            f"set distill.batch_tokens to a multiple of {ranks * schedule.block_size:,}"
-        )
+    check_shared(schedule, parallel.world().size)
     if not any(targets(*blocks.batch([number])).any() for number in range(len(blocks))):
         raise BadData("no token of the training text has another one of its document behind it: nothing can be learnt")
     if isinstance(teacher, Cache):

@@ -85,17 +85,20 @@ def is_held_out(document: str, *, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def shuffled(docs: Iterable[str], *, seed: int, buffer: int = 10_000) -> Iterator[str]:
-    """The documents in a random order that depends on the seed alone; of a long stream, within a moving buffer.
+def shuffled(docs: Iterable[str], *, seed: int, buffer: int = 10_000, characters: int = 200_000_000) -> Iterator[str]:
+    """The documents in a random order that depends on the seed alone; of a long stream, within a moving buffer, which
+    holds so many documents or characters.
 
     A part of a source, such as its first 10M tokens, then is a sample of more than its first file.
     """
-    generator, held = random.Random(seed), []
+    generator, held, size = random.Random(seed), list[str](), 0
     for document in docs:
         held.append(document)
-        if len(held) == buffer:
-            place = generator.randrange(buffer)
+        size += len(document)
+        while len(held) == buffer or size > characters:
+            place = generator.randrange(len(held))
             held[place], held[-1] = held[-1], held[place]
+            size -= len(held[-1])
             yield held.pop()
     generator.shuffle(held)
     yield from held

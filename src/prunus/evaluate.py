@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunus import anatomy, hardware
-from prunus.errors import BadData
+from prunus.errors import BadData, BadRecipe
 from prunus.head import Dense, Head, head_of
 from prunus.shared_tokens import shared_rows
 from prunus.text import Blocks, targets
@@ -288,6 +288,13 @@ def _greedy(model: PreTrainedModel, tokens_1S: Tensor) -> Iterator[int]:
         assert cache, "a model that remembers nothing"
         tokens_1S = out.logits[:, -1:].argmax(-1)
         yield int(tokens_1S)  # the copy to the CPU waits for the device, so a clock around a step is right
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> None:
+    """Raises BadRecipe for a prompt without any token, which nothing can continue."""
+    for prompt in prompts:
+        if not tokenizer(prompt)["input_ids"]:
+            raise BadRecipe(f"evaluate.prompts: {prompt!r} has no token; give a prompt with some text in it")
 
 
 def _continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from prunus import architecture, side_by_side, tasks, trackers
+from dataclasses import replace
+
+from prunus import architecture, parallel, side_by_side, tasks, trackers
 from prunus.budget import LIMITS, parse_budget, parse_share
 from prunus.errors import BadRecipe
+from prunus.evaluate import check_prompts
 from prunus.recipe import STAGES
 from prunus.run import Run
+from prunus.schedule import Settings, check_shared, plan
 from prunus.selection import check_legal
 from prunus.shared_tokens import check_padding
 from prunus.space import legal_architectures
@@ -17,8 +21,8 @@ def check_goal(run: Run) -> None:
 
     Raises:
         BadRecipe: an architecture or budget that cannot be had, a longer block than the model can read, ids that one of
-            the models lacks, an unknown task, a tracker or Ray not installed. BudgetUnreachable. PrunusError: lm-eval
-            is not installed.
+            the models lacks, an unknown task, a tracker or Ray not installed. BadData: fewer tokens than a step takes,
+            or a step that ranks cannot share. BudgetUnreachable. PrunusError: lm-eval is not installed.
     """
     recipe, model = run.recipe, run.first
     side_by_side.check(recipe.search.workers)
@@ -26,10 +30,13 @@ def check_goal(run: Run) -> None:
     evaluates = not run.finished("evaluate") or run.recipe_before.get("evaluate") != recipe.evaluate.model_dump()
     if evaluates and STAGES.index(recipe.stop_after) >= STAGES.index("evaluate"):
         tasks.check_all([tasks.from_recipe(task) for task in recipe.evaluate.tasks])
+        if recipe.evaluate.prompts:
+            check_prompts(run.teacher.tokenizer(), recipe.evaluate.prompts)
     check_padding(model, run.teacher, cache=recipe.distill.teacher_cache, on_policy=recipe.distill.on_policy_share > 0)
     known = min(model.positions, run.teacher.positions)
     if recipe.data.block_size > known:
         raise BadRecipe(f"data.block_size: {recipe.data.block_size} tokens, but the model knows {known} positions")
+    _check_training(run)
     if recipe.latency and (parse_share(recipe.latency) or 0) > 1:
         raise BadRecipe(f"latency: {recipe.latency} is more than the model takes; pruning only removes")
     if recipe.arch is not None:
@@ -40,3 +47,15 @@ def check_goal(run: Run) -> None:
         if any(counted[kind] for kind in LIMITS):
             budget = parse_budget(model, whole=run.teacher, **counted)
             legal_architectures(model.family, model.architecture, budget, **recipe.search.space())
+
+
+def _check_training(run: Run) -> None:
+    """Its steps, where it is known how much text there will be."""
+    recipe = run.recipe
+    if recipe.distill.tokens is None or STAGES.index(recipe.stop_after) < STAGES.index("distill"):
+        return
+    settings = Settings(**recipe.distill.hyperparameters())
+    own = replace(settings, tokens=recipe.distill.tokens // run.rounds.count)
+    blocks = recipe.distill.tokens // recipe.data.block_size
+    schedule = plan(own, hidden=run.first.architecture.hidden, num_blocks=blocks, block_size=recipe.data.block_size)
+    check_shared(schedule, parallel.world().size)

@@ -161,7 +161,7 @@ def _text(run: Run) -> None:
         check_ends(part.source, limit)
     found = sides(data, chat_template(tokenizer))
     labels = {"train": data.label, "heldout": data.heldout or f"the held-out share of {data.label}"}
-    for name, most in {"train": limit, "heldout": data.heldout_tokens}.items():
+    for name, most in {"heldout": data.heldout_tokens, "train": limit}.items():  # the short one first: it may not do
         to = run.root / TEXT / name
         if not to.exists():
             with console.bar(f"{name} text", unit="tokens") as step:
@@ -234,6 +234,7 @@ def _search(run: Run) -> None:
             repair=recipe.prune.repair,
             norm_correction=recipe.prune.norm_correction,
             head_residuals=recipe.prune.head_residuals,
+            damping=recipe.prune.damping,
             progress=step,
         )
     if recipe.search.tokens:
@@ -278,6 +279,7 @@ def _candidate(run: Run, candidate: Candidate, to: Path) -> Checkpoint:
         calibration=run.calibration if options.repair else None,
         norm_correction=options.norm_correction,
         head_residuals=options.head_residuals,
+        damping=options.damping,
     )
 
 

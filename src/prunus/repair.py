@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prunus.errors import BadData
+
 DAMPING = 0.25
 """Ridge of the least squares, as a share of the mean diagonal of the Gram matrix. With less the student is nearer to
 its teacher on text like that of the calibration, but further on other text, and after training on both: see LOG.md."""
@@ -47,7 +49,7 @@ class LeastSquares:
         gram_KK: float32 [K, K], XᵀX of the projection's input in the student; factored once, for all projections that
             read it.
     Raises:
-        ValueError: it is not positive definite.
+        BadData: it is not positive definite.
     """
 
     def __init__(self, gram_KK: Tensor, *, damping: float = DAMPING) -> None:
@@ -57,7 +59,10 @@ class LeastSquares:
         left.diagonal().add_(self.ridge)
         self.factor, failed = torch.linalg.cholesky_ex(left)
         if failed:
-            raise ValueError("the Gram matrix is not positive definite; the calibration text is degenerate")
+            raise BadData(
+                f"the repair's equations have no solution with a damping of {damping:g}: what the student sees of this "
+                f"text says too little. Give more text (prune.tokens), or more damping ({DAMPING} by default)"
+            )
 
     def __call__(self, cross_OK: Tensor, start_OK: Tensor) -> Tensor:
         """float32 [O, K].

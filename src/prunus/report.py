@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def model_card(report: Report) -> str:
 
     A card is published, so folders of this machine are cut out of it.
     """
-    words = _words(complete(report))
+    whole = complete(report)
+    words = _words({**whole, "recipe": _without_folders(whole["recipe"])})
     teacher = (report.get("teacher") or {}).get("name", "")
     sees = (report.get("student") or {}).get("sees", False)
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher)
@@ -115,6 +116,15 @@ def model_card(report: Report) -> str:
     template = _templates().get_template("model_card.md.jinja")
     card = template.render(words, base=front["base_model"], front=front_matter, loader=loader)
     return re.sub(r"(?<![\w:/.<~-])~?/(?:[\w.@+-]+/)+", "", card)
+
+
+def _without_folders(value: Any) -> Any:
+    """A recipe in which local paths are their last part: what a pattern finds of them in prose ends at a blank."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) else value
 
 
 def before_training(report: Report) -> Report:

@@ -136,6 +136,15 @@ def plan(
     return Plan(steps, batch_blocks, block_size, rate, max(1, round(settings.warmup_share * steps)), by_distance)
 
 
+def check_shared(plan: Plan, ranks: int) -> None:
+    """Raises BadData if ranks cannot have equal parts of a step."""
+    if plan.batch_blocks % ranks:
+        raise BadData(
+            f"a step of {plan.batch_blocks} blocks cannot be shared evenly by {ranks} ranks; "
+            f"set distill.batch_tokens to a multiple of {ranks * plan.block_size:,}"
+        )
+
+
 def learning_rate(step: int, plan: Plan, settings: Settings, losses: Sequence[float]) -> float:
     """Of one step: linear warm-up to the peak, then down to `final_share` of it at the last step.
 

@@ -180,6 +180,7 @@ def cautions(report: Report) -> list[str]:
         *report["warnings"],
         *_quality_cautions(teacher, student),
         *_budget_cautions(report["budget"]),
+        *_latency_cautions(report, _speeds(teacher, student)),
         *_stage_cautions(report),
         *_speed_cautions(teacher, student),
         *_text_cautions(report["text"]),
@@ -213,6 +214,20 @@ def _budget_cautions(budget: Report) -> Iterator[str]:
         if counted is not None and counted > 1.01 * target:
             sizes = f"{counted:,.0f} {limit['unit']} counted, {target:,.0f} allowed"
             yield f"The budget ({budget['text']}) was missed: {sizes}."
+
+
+def _latency_cautions(report: Report, speeds: Mapping[str, float]) -> Iterator[str]:
+    """The time of a token is counted by nobody but the clock."""
+    whole = ((report.get("uncut") or {}).get("costs") or {}).get("latency")
+    limits = [limit["target"] for limit in report["budget"].get("limits", []) if limit["kind"] == "latency"]
+    if not whole or not limits or "generates" not in speeds:
+        return
+    allowed, measured = limits[0] / whole, 1 / speeds["generates"]
+    if measured > (1 + TIMING_NOISE) * allowed:
+        yield (
+            f"The budget ({report['budget']['text']}) was missed: a token takes {measured:.0%} of the teacher's time, "
+            f"allowed were {allowed:.0%}."
+        )
 
 
 def _stage_cautions(report: Report) -> Iterator[str]:
