@@ -191,6 +191,8 @@ VARIANTS = {
     "gpt2, attention divided by the layer's number": {"scale_attn_by_inverse_layer_idx": True},
     "falcon, multi-query": {"new_decoder_architecture": False},
     "falcon, one norm": {"num_ln_in_parallel_attn": 1},
+    "cohere, norms of each head": {"use_qk_norm": True},
+    "gpt_neox, one branch after the other": {"use_parallel_residual": False},
 }
 """Values of a type's other variants, by its name and theirs."""
 KINDS = (

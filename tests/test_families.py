@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import builder, tiny_model
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 import prunus as pr
-from prunus import architecture, cost, dims
+from prunus import architecture, cost, dims, hub
 from prunus.anatomy import body_of
 from prunus.budget import parse_budget
 from prunus.checkpoint import save
@@ -80,7 +81,7 @@ def test_legality_is_what_the_config_class_says(teacher, sizes, legal):
     assert accepted() or teacher.family.illegal(target)
 
 
-TOLD_APART = {"gpt2": ("scale_attn_by_inverse_layer_idx",)}
+TOLD_APART = {"gpt2": ("scale_attn_by_inverse_layer_idx",), "gpt_neox": ("use_parallel_residual",)}
 """Of types whose variants have the same weights: the options of which each value has a variant."""
 
 
@@ -119,6 +120,14 @@ def test_per_layer_fields_follow_the_kept_layers(teacher):
     for key in teacher.family.layer_count_fields:
         assert cut[key] == sum(layer < config[key] for layer in (1, 3))
     assert type(teacher.family.text(teacher.config)).from_dict(cut).num_hidden_layers == 2
+
+
+def test_any_config_may_list_the_kinds_of_its_layers(tmp_path):
+    """Some do by now though their code does not read it; the class wants as many as there are layers."""
+    teacher = tiny_model("llama", tmp_path, layer_types=["full_attention"] * 4)
+    target = teacher.architecture.replace(layers=2)
+    cut = type(teacher.config).from_dict(teacher.family.cut_config(teacher.config.to_dict(), target, [1, 3]))
+    assert cut.layer_types == ["full_attention"] * 2
 
 
 def test_no_token_changes_what_comes_before_it(teacher, blocks):
@@ -257,6 +266,32 @@ def test_code_that_does_not_go_along_is_not_named(whole_model, tmp_path):
     written = save(tmp_path / "out", opened.config, dict(opened.tensors()), like=opened)
     for kind in (AutoConfig, AutoTokenizer):
         assert kind.from_pretrained(written.folder, trust_remote_code=True)
+
+
+FORMS = ("tekken.json", "spiece.model", "qwen.tiktoken", "additional_chat_templates/rag.jinja")
+"""Of a tokenizer, each of which may be the only one."""
+
+
+def test_every_form_of_a_tokenizer_goes_along(whole_model, tmp_path):
+    folder = shutil.copytree(whole_model, tmp_path / "model")
+    (folder / "tokenizer").mkdir()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for name in FORMS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    opened = pr.load(folder)
+    written = save(tmp_path / "out", opened.config, dict(opened.tensors()), like=opened)
+    assert all((written.folder / name).read_text() == name for name in FORMS)
+    assert not (written.folder / "tokenizer").exists()
+    assert written.tokenizer().chat_template["rag"] == FORMS[-1]
+
+
+def test_what_is_taken_from_the_hub():
+    """Every form of a tokenizer, and the weights once."""
+    wanted = {*FORMS, "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    others = [f"{folder}/model.safetensors" for folder in ("original", "onnx", "assistant", "adapter")]
+    listed = [*wanted, *others, "consolidated.safetensors", "pytorch_model.bin", "original/tokenizer.model"]
+    assert set(filter_repo_objects(listed, allow_patterns=hub.FILES, ignore_patterns=hub.OTHER_FORMS)) == wanted
 
 
 def test_the_factors_of_a_long_context_tie_heads_to_hidden(tmp_path):

@@ -11,7 +11,7 @@ from test_prune import assert_cache_changes_nothing, cut_and_reload, drawn, logi
 from transformers import AutoConfig
 
 import prunus as pr
-from prunus import anatomy, cost, dims, memory
+from prunus import anatomy, cost, dims, hardware, memory
 from prunus.budget import parse_budget
 from prunus.checkpoint import Checkpoint
 from prunus.errors import UnsupportedModel
@@ -98,6 +98,14 @@ def test_masks_of_old_are_left_out(model_type, masks, dtype, tmp_path):
     stored = load_file(file)
     save_file(stored | {name: torch.ones(1, 1, 8, 8).to(dtype) for name in masks}, file, metadata={"format": "pt"})
     assert pr.load(tmp_path).stored.keys() == anatomy.stored_tensors(random_model(tiny(model_type))).keys()
+
+
+def test_our_kernels_change_nothing(inferred, blocks):
+    """Not even which tokens sparse attention looks at, which its code leaves to kernels that it does not know."""
+    model = inferred.module(torch.float32)
+    ours = logits(model, blocks)
+    with hardware.plain([model]):
+        torch.testing.assert_close(ours, logits(model, blocks), rtol=1e-3, atol=1e-4)
 
 
 def test_keeping_everything_changes_no_bit(inferred, blocks, tmp_path):

@@ -121,6 +121,16 @@ def test_types_without_uneven_layers_are_refused(invoke, corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_list_of_the_kinds_of_layers_is_not_minded(teacher, blocks, tmp_path):
+    """Llama reads none, and one of whole layers would not follow their branches."""
+    folder = shutil.copytree(teacher.folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention"] * 4}))
+    opened = pr.load(folder, uneven=True)
+    student = pr.prune(opened, score(measure(opened, blocks)), opened.architecture.replace(layers=6), to=tmp_path / "s")
+    assert pr.load(student.folder).architecture.layers == 6
+
+
 def test_a_window_is_more_than_llama_has(tmp_path):
     tiny_model("mistral", tmp_path / "whole", sliding_window=None)
     assert pr.load(tmp_path / "whole", uneven=True).architecture.layers == 8

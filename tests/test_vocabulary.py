@@ -308,6 +308,15 @@ def test_both_forms_of_a_vocabulary_are_cut_alike(pieces, tmp_path):
         assert other.encode(text) == one(text, add_special_tokens=False).input_ids
 
 
+def test_other_forms_of_the_old_vocabulary_stay_behind(pieces, tmp_path):
+    folder, others = Path(shutil.copytree(pieces.folder, tmp_path / "model")), ("tekken.json", "a.model", "b.tiktoken")
+    for name in others:
+        (folder / name).write_text("{}")
+    cut = trim(load(folder), Vocabulary(list(range(300)), 1.0), to=tmp_path / "cut").folder
+    assert not [name for name in others if (cut / name).exists()]
+    assert SentencePieceProcessor(str(cut / "tokenizer.model")).vocab_size() == 300
+
+
 def test_a_damaged_form_is_refused(pieces, tmp_path):
     folder = shutil.copytree(pieces.folder, tmp_path / "damaged")
     (folder / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes()[:-1])

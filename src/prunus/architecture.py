@@ -197,7 +197,7 @@ def parse(text: str, teacher: Architecture) -> Architecture:
             close = difflib.get_close_matches(axis, axes, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"axes of this model: {', '.join(axes)}"
             mistakes.append(f"arch: unknown axis {axis!r}; {hint}")
-        elif not value.isdigit() or int(value) < 1:
+        elif not value.isdecimal() or int(value) < 1:
             mistakes.append(f"arch: {axis} must be a whole number of at least 1, not {value!r}")
         elif int(value) > teacher[axis]:
             mistakes.append(f"arch: {axis}={value} is larger than the teacher's {teacher[axis]}; pruning only removes")

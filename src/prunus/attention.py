@@ -12,6 +12,7 @@ K keys, D channels of a head.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,13 +32,23 @@ sequences they are computed again, so that memory grows with S, not S²."""
 
 
 def install(model: nn.Module) -> None:
-    """Let a transformers model on a CPU attend by `attend`; others are left as they are."""
+    """Let a transformers model on a CPU attend by `attend`; others are left as they are, and those that would then
+    compute something else."""
     if (
         isinstance(model, PreTrainedModel)
         and model.device.type != "cuda"
         and model.config._attn_implementation == PLAIN
+        and not _minds_the_name(model)
     ):
         model.set_attn_implementation(NAME)
+
+
+def _minds_the_name(model: nn.Module) -> bool:
+    """Whether a forward pass looks for PyTorch's kernel in a list of names: sparse attention (DeepSeek V3.2) masks what
+    its indexer left out under these names alone, and leaves it to the kernel under any other."""
+    forwards = {inspect.unwrap(kind.forward) for kind in {type(module) for module in model.modules()}}
+    codes = (forward.__code__ for forward in forwards if inspect.isfunction(forward))
+    return any(isinstance(value, tuple | frozenset) and PLAIN in value for code in codes for value in code.co_consts)
 
 
 @contextlib.contextmanager

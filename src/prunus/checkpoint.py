@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -36,7 +35,7 @@ from prunus import anatomy, checks, cost, hardware, packing, shards, storage, we
 from prunus.architecture import Architecture
 from prunus.errors import BadCheckpoint, one_line
 from prunus.families import Family, family_of, may_be_known, with_uneven_layers
-from prunus.files import atomic_folder, cache_folder, sha256
+from prunus.files import atomic_folder, cache_folder, copy_matching, sha256
 from prunus.hub import downloaded
 from prunus.storage import Stored
 from prunus.weights import Parts
@@ -45,7 +44,8 @@ RELOADED_BYTES = 1024**3
 """Models up to this size are read back by transformers and compared when they have been written; of larger ones, which
 may not fit in memory, only names and shapes."""
 COPIED_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-                "chat_template*", "merges.txt", "vocab*", "*processor_config.json", "LICENSE*"]  # fmt: skip
+                "chat_template*", "additional_chat_templates/*.jinja", "merges.txt", "vocab*", "tekken.json", "*.model",
+                "*.tiktoken", "*processor_config.json", "LICENSE*"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,7 @@ def save(
         _write_model(partial, config, parts)
         written = _open_folder(partial, name=str(folder))
         _compare(written, parts, name=str(folder))
-        for pattern in COPIED_FILES:
-            for file in like.folder.glob(pattern):
-                shutil.copy(file, partial)
+        copy_matching(like.folder, partial, COPIED_FILES)
         for pattern in stale_files:
             for file in partial.glob(pattern):
                 file.unlink()
@@ -307,7 +305,7 @@ def _forget_code(file: Path) -> None:
 def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise BadCheckpoint(f"{name}: no config.json in {folder}; a model folder has one beside its safetensors")
-    try:
+    with checks.valid_config(name):
         raw = json.loads((folder / "config.json").read_text())
         checks.readable(name, raw)
         if not may_be_known(raw.get("model_type", "")):
@@ -317,9 +315,8 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
             config = with_uneven_layers(config) if uneven else config
         family = family_of(config.model_type, config)
         config = family.folding.unfolded(config) if family.folding else config
-    except (ValueError, AttributeError, OSError, StrictDataclassError) as error:
-        raise BadCheckpoint(f"{name}: config.json is not a valid config: {one_line(error, 1000)}") from error
-    checks.variant(name, family, config)
+        checks.variant(name, family, config)
+        sizes = family.architecture(config)
     try:
         stored = storage.gathered(family, shards.places(folder, name, family.unread))
     except KeyError as error:
@@ -331,7 +328,6 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
         family = family_of(config.model_type, config)
     if config.tie_word_embeddings:
         stored.pop(f"{family.head}.weight", None)
-    sizes = family.architecture(config)
     if family.further_layers and getattr(family.text(config), family.further_layers, None):
         stored = {tensor: place for tensor, place in stored.items() if (family.split(tensor)[0] or 0) < sizes.layers}
         config = _without_further_layers(family, config, family.further_layers)
@@ -339,7 +335,9 @@ def _open_folder(folder: Path, *, name: str, uneven: bool = False) -> Checkpoint
     layout = cost.layout(family, {tensor: place.shape for tensor, place in stored.items()})
     sizes = sizes.only(family.sizes(formula for formulas in layout.values() for formula in formulas))
     opened = Checkpoint(folder, name, config, family, sizes, stored, layout)
-    checks.complete(name, opened.skeleton(torch.float32), stored)  # of any type: it is not known without an embedding
+    with checks.valid_config(name):
+        skeleton = opened.skeleton(torch.float32)  # of any type: it is not known without an embedding
+    checks.complete(name, skeleton, stored)
     return opened
 
 

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunus import dims
 from prunus.anatomy import stored_tensors
 from prunus.architecture import Architecture
-from prunus.errors import BadCheckpoint, UnsupportedModel
+from prunus.errors import BadCheckpoint, UnsupportedModel, one_line
 from prunus.families import Family, may_be_known
 from prunus.storage import Stored
 
@@ -21,6 +23,19 @@ DEQUANTISE = (
     "Prunus cuts weights in full precision: start from the model that this one was quantised from, or convert it once "
     "(transformers: from_pretrained(...).dequantize(), then save_pretrained), or give its GGUF file."
 )
+
+DAMAGED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, OSError)
+"""What config classes and models raise of values that they were not made for, beside an error of its own."""
+
+
+@contextlib.contextmanager
+def valid_config(name: str) -> Iterator[None]:
+    """What fails inside, fails by what config.json says."""
+    try:
+        yield
+    except (*DAMAGED, StrictDataclassError) as error:
+        what = f"{type(error).__name__}: {one_line(error, 1000)}"
+        raise BadCheckpoint(f"{name}: config.json is not a valid config ({what})") from error
 
 
 def readable(name: str, raw: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -45,6 +45,14 @@ def share(folder: Path, to: Path) -> None:
     """The same files under another name: links, or copies where the disk knows none."""
     with atomic_folder(to) as partial:
         shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
+
+
+def copy_matching(folder: Path, to: Path, patterns: Iterable[str]) -> None:
+    """Copy what files match a pattern, to the same place in the other folder."""
+    for file in sorted({found for pattern in patterns for found in folder.glob(pattern) if found.is_file()}):
+        place = to / file.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy(file, place)
 
 
 def _link(file: str, to: str) -> None:

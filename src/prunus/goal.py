@@ -36,7 +36,6 @@ def check_goal(run: Run) -> None:
     known = min(model.positions, run.teacher.positions)
     if recipe.data.block_size > known:
         raise BadRecipe(f"data.block_size: {recipe.data.block_size} tokens, but the model knows {known} positions")
-    _check_training(run)
     if recipe.latency and (parse_share(recipe.latency) or 0) > 1:
         raise BadRecipe(f"latency: {recipe.latency} is more than the model takes; pruning only removes")
     if recipe.arch is not None:
@@ -47,6 +46,7 @@ def check_goal(run: Run) -> None:
         if any(counted[kind] for kind in LIMITS):
             budget = parse_budget(model, whole=run.teacher, **counted)
             legal_architectures(model.family, model.architecture, budget, **recipe.search.space())
+    _check_training(run)
 
 
 def _check_training(run: Run) -> None:

@@ -9,9 +9,10 @@ from huggingface_hub.errors import HFValidationError
 
 from prunus.errors import BadCheckpoint, one_line
 
-FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
-OTHER_FORMS = ["*/*", "consolidated*"]
-"""The same weights once more, as the makers of Llama, gpt-oss and Mistral run them."""
+FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab*"]
+OTHER_FORMS = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
+"""The same weights once more, as the makers of Llama, gpt-oss and Mistral run them: all folders but
+additional_chat_templates/, as near as patterns can say it."""
 
 
 def downloaded(model: str) -> Path:

@@ -36,7 +36,10 @@ ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequen
 GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 """The vocabulary as SentencePiece stores it, which llama.cpp reads instead of tokenizer.json where it is there."""
-STALE_FILES = (f"{SENTENCEPIECE}*", "vocab.*", "merges.txt", "added_tokens.json", "spiece.model")
+STALE_FILES = (
+    *(f"{SENTENCEPIECE}*", "*.model", "*.tiktoken", "tekken.json"),
+    *("vocab.*", "merges.txt", "added_tokens.json"),
+)
 """Other forms of the old vocabulary."""
 
 

@@ -53,6 +53,7 @@ class DeciLMConfig(LlamaConfig):
             for block in found
         ]
         self.num_hidden_layers = len(found)
+        kwargs.pop("layer_types", None)  # Llama reads no such list, which would not follow when layers are taken apart
         super().__post_init__(**kwargs)
 
 

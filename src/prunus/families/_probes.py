@@ -126,6 +126,8 @@ def tiny(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig
             values[key] = _plain_rope(value)
         if "window" in key and isinstance(value, int) and not isinstance(value, bool) and key not in LAYER_COUNTS:
             values[key] = min(value, 8)
+        if key == "index_topk" and value:  # fewer than a text has, so that what is left out shows
+            values[key] = min(value, 4)
         if key.endswith("token_id") and isinstance(value, int):
             values[key] = value % BASE["vocab"]
         if key == "rotary_dim":

@@ -333,7 +333,8 @@ class Family:
             target,
             fields=self.fields,
             kept_layers=kept_layers,
-            per_layer_fields=self.per_layer_fields,
+            # Any config may list the kinds of its layers, which its class then wants to be as many as these.
+            per_layer_fields=tuple(dict.fromkeys((*self.per_layer_fields, "layer_types"))),
             layer_count_fields=self.layer_count_fields,
             others={**self.fixed, **(others or {})},
             nested=self.nested,

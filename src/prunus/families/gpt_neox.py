@@ -1,5 +1,8 @@
-"""GPT-NeoX and Pythia. Query, key and value of each head lie together; both branches run side by side, each behind its
-own LayerNorm; hidden and heads are cut together, as attention has no head_dim of its own."""
+"""GPT-NeoX and Pythia. Query, key and value of each head lie together; both branches run side by side (or one after the
+other, if the config says so), each behind its own LayerNorm; hidden and heads are cut together, as attention has no
+head_dim of its own."""
+
+import dataclasses
 
 from prunus.families._decoder import Weights
 from prunus.families.family import Branch, Family
@@ -61,4 +64,14 @@ FAMILY = Family(
         "head_dim": "head_dim",
         "vocab": "vocab_size",
     },
+)
+
+ATTENTION, FFN = FAMILY.branches
+VARIANTS = (
+    FAMILY,
+    dataclasses.replace(
+        FAMILY,
+        branches=(ATTENTION, dataclasses.replace(FFN, beside=False)),
+        requires={"use_parallel_residual": False},
+    ),
 )
