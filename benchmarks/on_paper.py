@@ -39,16 +39,17 @@ PLANS = {
     ),
 }  # fmt: skip
 OPTIONS = ["--gpus", "8", "--tflops", "600", "--gigabytes", "80", "--data", "text", "--to", "run"]
-SETTINGS = ["--set", "distill.batch_tokens=4M", "--set", "data.block_size=4096", "--set", "measure.tokens=4M"]
+SETTINGS = ["--set", "distill.batch_tokens=4M", "--set", "data.block_size=4096", "--set", "measure.tokens=1M"]
 
 
 def main() -> None:
     for name, (shape, budget) in PLANS.items():
         print(f"\n{name}")
         with tempfile.TemporaryDirectory() as folder:
-            write_headers(
-                AutoConfig.for_model(**shape, head_dim=128, tie_word_embeddings=False), Path(folder) / "model"
+            config = AutoConfig.for_model(
+                **shape, head_dim=128, max_position_embeddings=8192, tie_word_embeddings=False
             )
+            write_headers(config, Path(folder) / "model")
             command = [
                 sys.executable,
                 "-m",

@@ -112,14 +112,11 @@ def test_a_plan_for_gpus_does_not_depend_on_this_machine(invoke, whole_model, co
 
 
 def test_a_plan_knows_what_will_lie_on_the_disk(invoke, whole_model, corpus, run_folder, tmp_path):
-    folders = ("0-text", "3-pruned", "4-distilled")
-    files = [file for name in folders for file in (run_folder / name).rglob("*") if file.suffix in (".npy", SAFE)]
+    folders, kinds = ("0-text", "3-pruned", "4-distilled"), (".npy", ".safetensors")
+    files = [file for name in folders for file in (run_folder / name).rglob("*") if file.suffix in kinds]
     plan = as_json(invoke("plan", str(whole_model), *small_flags(corpus, tmp_path / "run"), "--json"))
     assert plan["disk_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.05)
     assert all((run_folder / Path(file).relative_to(tmp_path / "run")).exists() for file in plan["writes"])
-
-
-SAFE = ".safetensors"
 
 
 @pytest.mark.parametrize(
@@ -220,6 +217,7 @@ def test_plan_writes_nothing(invoke, whole_model, corpus, tmp_path, budget):
 
 def test_plan_needs_no_folder(invoke, whole_model, corpus):
     options = [str(whole_model), "--params", "0.7x", "--data", str(corpus), "--tokens", "1k"]
+    options += ["--set", "data.block_size=32"]
     plan = as_json(invoke("plan", *options, "--json"))
     assert all(file.startswith("RUN/") for file in plan["writes"])
     refused = invoke("compress", *options)

@@ -6,8 +6,9 @@ import json
 import pytest
 from conftest import small_flags
 
-from prunus import latency
+from prunus import cost, hardware, latency, memory
 from prunus.budget import parse_budget
+from prunus.errors import DoesNotFit
 from prunus.importance import score
 from prunus.latency import fitted, measured_rates, tuned
 from prunus.measure import measure
@@ -78,6 +79,17 @@ def test_models_are_timed_in_turns(llama, scores):
     smaller = llama.architecture.replace(layers=1)
     small, whole = latency.microseconds(llama, scores, [smaller, llama.architecture])
     assert 0 < small < whole
+
+
+def test_models_that_do_not_fit_side_by_side_are_refused_before_one_is_built(llama, scores, monkeypatch):
+    shapes = [llama.architecture, llama.architecture.replace(layers=1)]
+    sizes = [cost.parameters(llama.family, llama.layout, each) for each in shapes]
+    need = hardware.compute_dtype().itemsize * sum(sizes)
+    monkeypatch.setattr(hardware, "free_memory", lambda: int(need / memory.ROOM))
+    monkeypatch.setattr(latency, "build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(latency, "cut", lambda *_, **__: pytest.fail("cut"))
+    with pytest.raises(DoesNotFit, match=r"timing needs .* [(]2 models side by side.* such as --params"):
+        latency.microseconds(llama, scores, shapes)
 
 
 def test_a_run_with_a_budget_of_time(invoke, clock, whole_model, corpus, tmp_path):

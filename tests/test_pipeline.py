@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, WORDS, add_tokenizer, make_text, seen, small_flags, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from prunus import hardware, recipe, results
+from prunus import hardware, recipe, results, source
 from prunus.checkpoint import Checkpoint, load
 from prunus.comparison import compare
 from prunus.errors import BadOutput, BadRecipe
@@ -276,7 +276,7 @@ def test_a_model_larger_than_memory_is_measured_and_cut(whole_model, corpus, tmp
         return load_whole(checkpoint, *arguments)
 
     monkeypatch.setattr(Checkpoint, "module", only_others)
-    monkeypatch.setattr(hardware, "free_memory", lambda: 0)
+    monkeypatch.setattr(source, "SHARE_OF_MEMORY", 0)
     flags = small_flags(corpus, tmp_path / "run", budget=("--arch", "hidden=36,ffn=24"))
     done = invoke(
         "compress", str(whole_model), *flags, "--set", "prune.repair=false", "--stop-after", "prune", "--json"

@@ -31,6 +31,22 @@ def test_every_write_of_every_layer_has_one(teacher, blocks):
     assert not any(each._forward_hooks for each in model.modules())
 
 
+@pytest.mark.parametrize(("block_size", "count"), [(24, 2), (256, 2), (512, 2), (1024, 2), (1025, 1), (4096, 1)])
+def test_long_blocks_go_backwards_one_at_a_time(block_size, count):
+    """At the usual sizes two at a time, on which the labels that are drawn depend."""
+    assert module.batch_blocks(block_size) == count
+
+
+def test_no_more_goes_backwards_at_once(llama, blocks, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TOKENS", blocks.tokens_NS.shape[1])
+    backward, shapes = module._backward, []
+    monkeypatch.setattr(
+        module, "_backward", lambda model, *text: (shapes.append(text[0].shape), backward(model, *text))
+    )
+    sensitivity(llama.module(), llama.family, blocks)
+    assert shapes == [(1, 24)] * len(blocks)
+
+
 def test_it_predicts_what_an_error_costs(llama, blocks, monkeypatch):
     """½ E[(g·δ)²] against the divergence that noise on what one token of each block writes causes."""
     monkeypatch.setattr(module, "ROWS", 4096)

@@ -20,12 +20,12 @@ LAYERS = """
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files frozen layerwise parallel
     sensitivity elimination packing experts weights storage checks shards hub checkpoint source documents text scores
-    weight_norms measure depth importance selection repair refit
-    row_blocks fused schedule memory prune pieces vocabulary shared_tokens evaluate tasks
+    weight_norms selection repair refit row_blocks fused schedule memory
+    measuring measure depth importance prune pieces vocabulary shared_tokens evaluate tasks
     weight_size masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
-    console mistakes fields recipe sides rounds run claims goal comparison results sizes summary
-    inspection planning standalone pipeline cli __main__
+    console mistakes fields recipe sides rounds run claims positions goal comparison results sizes summary
+    inspection written durations planning standalone pipeline cli __main__
 """
 ORDER = re.split(r"\s+", LAYERS.strip())
 """A module imports only from modules before it. `families` is its __init__, which finds the files by their names."""

@@ -8,6 +8,7 @@ from prunus import architecture, parallel, side_by_side, tasks, trackers
 from prunus.budget import LIMITS, parse_budget, parse_share
 from prunus.errors import BadRecipe
 from prunus.evaluate import check_prompts
+from prunus.positions import check_positions
 from prunus.recipe import STAGES
 from prunus.run import Run
 from prunus.schedule import Settings, check_shared, plan
@@ -33,9 +34,7 @@ def check_goal(run: Run) -> None:
         if recipe.evaluate.prompts:
             check_prompts(run.teacher.tokenizer(), recipe.evaluate.prompts)
     check_padding(model, run.teacher, cache=recipe.distill.teacher_cache, on_policy=recipe.distill.on_policy_share > 0)
-    known = min(model.positions, run.teacher.positions)
-    if recipe.data.block_size > known:
-        raise BadRecipe(f"data.block_size: {recipe.data.block_size} tokens, but the model knows {known} positions")
+    check_positions(recipe.data.block_size, model, run.teacher)
     if recipe.latency and (parse_share(recipe.latency) or 0) > 1:
         raise BadRecipe(f"latency: {recipe.latency} is more than the model takes; pruning only removes")
     if recipe.arch is not None:

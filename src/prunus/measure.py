@@ -16,22 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunus import experts, hardware, layerwise
+from prunus import experts, hardware, layerwise, measuring
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
 from prunus.elimination import removal_errors
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
+from prunus.measuring import GRAM_TOKENS, SUMMED, check_measuring
 from prunus.scores import load_tensors, save_tensors
 from prunus.sensitivity import Sketches, sensitivity
 from prunus.source import Source, opened
 from prunus.weight_norms import HEADS, weight_norms
 
-BATCH_BLOCKS = 4
-SUMMED = ("mamba_heads", "linear_heads")
-"""Axes whose parts have no Gram matrix: their scores are sums of what each writes."""
-GRAM_TOKENS = 8192
-"""Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
+BATCH_BLOCKS = measuring.BATCH_BLOCKS
 REDUCTIONS = ("mean", "l2", "var")
 """Order of the reductions over a block's tokens in the first dimension of `Statistics.reductions`."""
 
@@ -95,7 +92,10 @@ def measure(
         progress: called with the layers done and in all.
     Raises:
         BadCheckpoint: what the model computes is not finite.
+        DoesNotFit: it would take more memory than is free; says how much text would do.
     """
+    size = blocks.batch([0])[0].shape[-1]
+    check_measuring(teacher, blocks=len(blocks), block_size=size, grams=grams, gradients=gradients, source=source)
     source, family = source or opened(teacher), teacher.family
     sketches = sensitivity(source.model, family, blocks) if grams and gradients and source.whole else None
     with source.outer():

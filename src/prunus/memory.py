@@ -23,8 +23,8 @@ LARGEST_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a larger micro-batch is not faster."""
 CHUNKS = tuple(fused.CHUNK_TOKENS // parts for parts in (1, 4, 16))
 """Tokens of a chunk of the loss that are tried: a shorter one is slower, but keeps less of a large vocabulary."""
-LEAST_REPAIR_TOKENS = 8192
-"""Less text for the repair is not worth a proposal."""
+LEAST_TOKENS = 8192
+"""Less text to measure or repair on is not worth a proposal."""
 ROOM = 0.9
 """Share of the free memory that a plan may fill."""
 HOLES = {"cpu": 1.33, "cuda": 1.05}
@@ -233,7 +233,7 @@ def fitting(need: Training, *, batch_blocks: int, free: int | None = None) -> Tr
     Raises:
         DoesNotFit: not even one block with the smallest chunk does; says what would.
     """
-    free = _room(free)
+    free = room(free)
     most = max(1, min(batch_blocks // need.ranks, LARGEST_MICRO_BATCH[need.device] // need.block_size))
     options = (
         dataclasses.replace(need, blocks=2**power, chunk_tokens=chunk)
@@ -288,7 +288,7 @@ def repair(
     hidden, whole = student.hidden, teacher.architecture.hidden
     having = cost.branch_layers(family, layout)
     branches = [branch for branch in family.branches if branch.name in having]
-    widest = max((_written_from(branch, family, student) for branch in branches if branch.write), default=hidden)
+    widest = max((written_from(branch, family, student) for branch in branches if branch.write), default=hidden)
     streams = 2 * hidden + (3 if any(branch.post_norm for branch in branches) else 2) * whole + widest
     if any(branch.experts for branch in branches):  # these want their tokens at once
         streams += hidden + whole
@@ -322,12 +322,12 @@ def check_repair(
     Raises:
         DoesNotFit: says how much text would.
     """
-    free = _room(free)
+    free = room(free)
     found = _first_fitting(teacher, student, free, blocks=blocks, block_size=block_size, device=device)
     for_text = free - sum(found.parts.values()) + found.parts["streams"]
     fitting = blocks * block_size * for_text // max(1, found.parts["streams"])
-    advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_REPAIR_TOKENS else "prune.repair=false"
-    return _checked("the repair", found, free, f"This would fit: {advice}.")
+    advice = f"prune.tokens={fitting // 1024}k" if fitting >= LEAST_TOKENS else "prune.repair=false"
+    return checked("the repair", found, free, f"This would fit: {advice}.")
 
 
 def check_search(
@@ -347,12 +347,12 @@ def check_search(
     Raises:
         DoesNotFit: then an architecture has to be named.
     """
-    free = _room(free)
+    free = room(free)
     largest = max(built, key=lambda sizes: cost.parameters(teacher.family, teacher.layout, sizes))
     found = _first_fitting(teacher, largest, free, blocks=blocks, block_size=block_size, device=device)
     judged = repair(teacher, largest, blocks=0, block_size=1, device=device)["teacher"]
     most = max(found, Fits({"teacher": judged}, found.streamed), key=lambda each: sum(each.parts.values()))
-    return _checked("the search", most, free, "Name the architecture (--arch): then there is no search.")
+    return checked("the search", most, free, "Name the architecture (--arch): then there is no search.")
 
 
 def _first_fitting(teacher: Checkpoint, student: Architecture, free: int, **options: Any) -> Fits:
@@ -361,7 +361,8 @@ def _first_fitting(teacher: Checkpoint, student: Architecture, free: int, **opti
     return next((way for way in ways if sum(way.parts.values()) <= free), ways[-1])
 
 
-def _checked(stage: str, found: Fits, free: int, advice: str) -> Fits:
+def checked(stage: str, found: Fits, free: int, advice: str) -> Fits:
+    """Raises DoesNotFit, with the advice, if what was found takes more bytes."""
     need = sum(found.parts.values())
     if need > free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.parts.items())
@@ -369,11 +370,12 @@ def _checked(stage: str, found: Fits, free: int, advice: str) -> Fits:
     return found
 
 
-def _room(free: int | None) -> int:
+def room(free: int | None) -> int:
+    """Bytes that may be filled of those that are free (default: now)."""
     return int(ROOM * (hardware.free_memory() if free is None else free))
 
 
-def _written_from(branch: Branch, family: Family, sizes: Architecture) -> int:
+def written_from(branch: Branch, family: Family, sizes: Architecture) -> int:
     """Values of a token that a branch's last projection reads."""
     formula = family.layer_weights[f"{branch.write}.weight"][0 if family.transposed else -1]
     return dims.size(formula, sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prunus import cost, formats, hardware, memory, sensitivity, tournament
+from prunus import cost, durations, formats, hardware, memory, written
 from prunus.architecture import Architecture, parse
 from prunus.budget import Budget, parse_budget
 from prunus.checkpoint import Checkpoint, load
 from prunus.console import duration
 from prunus.errors import BadRecipe
-from prunus.recipe import STAGES, Recipe
+from prunus.measuring import check_measuring
+from prunus.positions import check_positions
+from prunus.recipe import Recipe
 from prunus.rounds import recipe_of_larger, rounds
-from prunus.run import LARGER, OUTPUTS
+from prunus.run import LARGER
 from prunus.schedule import Plan, Settings
 from prunus.schedule import plan as plan_training
 from prunus.search import probe_architectures
 from prunus.selection import check_legal
 from prunus.space import legal_architectures
-from prunus.teacher import bytes_per_token
-
-EFFICIENCY = 0.45
-"""Share of the GEMM rate that whole steps reach (norms, attention and softmax are not GEMMs); measured, see LOG.md."""
-
-PASSES: Mapping[str, Callable[[int], float]] = {
-    "leave_one_out": lambda layers: layers / 2,
-    "logit_mse": lambda layers: layers / 2,
-    "iterative": lambda layers: layers**2 / 7,
-    "contiguous": lambda layers: 1.5 * layers,
-}
-"""Measurement of layers → its passes over the held-out text that decides; docs/depth.md says the same."""
+from prunus.written import reaches
 
 
 @dataclass(frozen=True)
@@ -79,6 +70,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     here = machine is None
     machine, teacher = machine or this_machine(), load(recipe.model, uneven=recipe.uneven)
     first = teacher if recipe.start is None else load(recipe.start)
+    check_positions(recipe.data.block_size, first, teacher)
     found: list[Round] = []
     for each, tokens in _in_rounds(recipe, first, teacher):
         before = found[-1].target if found else first.architecture
@@ -86,18 +78,22 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
     *earlier, last = found
     heaviest = max(found, key=lambda each: sum(each.memory.values()))
     ahead = sum(sum(each.seconds.values()) for each in earlier)
-    files = [*([LARGER] if earlier else []), *(name for names in OUTPUTS.values() for name in names)]
+    files = written.files(recipe, in_rounds=bool(earlier))
     return {
         "teacher": _facts(teacher, teacher.architecture),
         "student": _facts(first, last.target),
         "budget": last.limits,
         "legal_architectures": last.legal_architectures,
         "larger_students": [
-            {"parameters": _parameters(first, each.target), "tokens": each.schedule.tokens} for each in earlier
+            {"parameters": _parameters(first, each.target), "tokens": each.schedule.tokens}
+            for each in earlier
+            if each.schedule
         ],
-        "training": asdict(last.schedule) | {"tokens": last.schedule.tokens, "micro_blocks": last.micro_blocks},
+        "training": last.schedule
+        and asdict(last.schedule) | {"tokens": last.schedule.tokens, "micro_blocks": last.micro_blocks},
         "peak_memory_bytes": sum(heaviest.memory.values()),
         "peak_memory_parts": heaviest.memory,
+        "measure_memory_bytes": max(each.measure_memory for each in found),
         "search_memory_bytes": max(each.search_memory for each in found),
         "repair_memory_bytes": max(each.repair_memory for each in found),
         "evaluation_memory_bytes": _evaluation_memory(recipe, first, teacher, last.target, machine),
@@ -105,24 +101,17 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         "here": here,
         "seconds": {**({"larger student": ahead} if earlier else {}), **last.seconds},
         "writes": [f"{recipe.to}/{name}" for name in files],
-        "disk_bytes": sum(4 * first.dtype.itemsize * _parameters(first, each.target) for each in found)
-        + _cache_bytes(recipe, teacher),
+        "disk_bytes": written.disk_bytes(
+            recipe, teacher, [_parameters(first, each.target) for each in found], itemsize=first.dtype.itemsize
+        ),
     }
-
-
-def _cache_bytes(recipe: Recipe, teacher: Checkpoint) -> int:
-    options = recipe.distill
-    if options.teacher_cache is None or options.tokens is None:
-        return 0
-    hidden = teacher.architecture.hidden
-    return options.tokens * bytes_per_token(options.teacher_cache, per_token=options.cache_per_token, hidden=hidden)
 
 
 def _in_rounds(recipe: Recipe, first: Checkpoint, teacher: Checkpoint) -> list[tuple[Recipe, int]]:
     """Of each cut the recipe, and the tokens that its student is trained on, in the order in which they are made."""
     there, tokens = rounds(recipe, first, teacher), recipe.distill.tokens or 0
     larger = recipe_of_larger(recipe, there, tokens=tokens, to=Path(recipe.to) / LARGER)
-    earlier = _in_rounds(larger, first, teacher) if larger else []
+    earlier = _in_rounds(larger, first, teacher) if larger and reaches(recipe, "measure") else []
     return [*earlier, (recipe, tokens // there.count)]
 
 
@@ -134,17 +123,19 @@ class Round:
         target: its architecture.
         limits: of the budget, by kind.
         legal_architectures: that meet it.
+        schedule: of the training; None where the recipe stops before it.
         memory: of the training, bytes by what they hold.
-        search_memory, repair_memory: bytes.
+        measure_memory, search_memory, repair_memory: bytes; 0 of a stage that is not reached.
         seconds: by stage.
     """
 
     target: Architecture
     limits: Mapping[str, int]
     legal_architectures: int
-    schedule: Plan
+    schedule: Plan | None
     micro_blocks: int
     memory: Mapping[str, int]
+    measure_memory: int
     search_memory: int
     repair_memory: int
     seconds: Mapping[str, float]
@@ -162,7 +153,7 @@ def _round(
             counted as if they started from `first`, which takes more.
         first: what the first round cuts.
     """
-    budget = None
+    budget, built = None, 0
     if recipe.arch is not None:
         target, count = parse(recipe.arch, first.architecture), 1
         check_legal(first.family, first.architecture, target)
@@ -170,14 +161,12 @@ def _round(
         budget = parse_budget(first, whole=teacher, **recipe.limits)
         found = legal_architectures(first.family, first.architecture, budget, **recipe.search.space())
         target, count = _most_similar(before, found), len(found)
-    block_size, settings = recipe.data.block_size, Settings(**recipe.distill.hyperparameters())
-    schedule = plan_training(
-        replace(settings, tokens=tokens),
-        hidden=target.hidden,
-        num_blocks=tokens // block_size,
-        block_size=block_size,
-    )
-    parts = _memory(first, target, teacher, recipe, schedule.batch_blocks, machine)
+        probes = set(probe_architectures(first.family, first.architecture, budget).values())
+        built = len(probes) + min(recipe.search.candidates, count) if count > 1 else 0
+    schedule, parts = None, {"micro_blocks": 0}
+    if reaches(recipe, "distill"):
+        schedule = _schedule(recipe, tokens, target)
+        parts = _memory(first, target, teacher, recipe, schedule.batch_blocks, machine)
     micro_blocks = parts.pop("micro_blocks")
     return Round(
         target=target,
@@ -186,9 +175,30 @@ def _round(
         schedule=schedule,
         micro_blocks=micro_blocks,
         memory=parts,
+        measure_memory=_measure_memory(first, recipe, machine),
         search_memory=_search_memory(first, target, budget, recipe, machine) if budget else 0,
         repair_memory=_repair_memory(first, target, recipe, machine),
-        seconds=_seconds(recipe, schedule.tokens, before, target, first, teacher, machine),
+        seconds=durations.seconds(
+            recipe,
+            schedule.tokens if schedule else 0,
+            before,
+            target,
+            first,
+            teacher,
+            built=built,
+            flops_per_second=machine.flops,
+            gpus=machine.gpus,
+        ),
+    )
+
+
+def _schedule(recipe: Recipe, tokens: int, target: Architecture) -> Plan:
+    block_size, settings = recipe.data.block_size, Settings(**recipe.distill.hyperparameters())
+    return plan_training(
+        replace(settings, tokens=tokens),
+        hidden=target.hidden,
+        num_blocks=tokens // block_size,
+        block_size=block_size,
     )
 
 
@@ -234,12 +244,35 @@ def _memory(
     return {"micro_blocks": need.blocks, **memory.peak(need)}
 
 
+def _measure_memory(teacher: Checkpoint, recipe: Recipe, machine: Machine) -> int:
+    """Peak of the measurement, in bytes, on one GPU (or CPU).
+
+    Raises:
+        DoesNotFit: says what would.
+    """
+    if not reaches(recipe, "measure"):
+        return 0
+    options, block_size = recipe.measure, recipe.data.block_size
+    fits = check_measuring(
+        teacher,
+        blocks=max(1, options.tokens // block_size),
+        block_size=block_size,
+        grams=options.grams,
+        gradients=options.gradients,
+        device=machine.device,
+        free=machine.memory,
+    )
+    return sum(fits.parts.values())
+
+
 def _search_memory(teacher: Checkpoint, target: Architecture, budget: Budget, recipe: Recipe, machine: Machine) -> int:
     """Peak of the search, in bytes, where it builds and repairs on one GPU (or CPU).
 
     Raises:
         DoesNotFit: says what would.
     """
+    if not reaches(recipe, "search"):
+        return 0
     block_size = recipe.data.block_size
     built = [*probe_architectures(teacher.family, teacher.architecture, budget).values(), target]
     blocks = max(1, recipe.search.probe_tokens // block_size) if recipe.prune.repair else 0
@@ -255,7 +288,7 @@ def _repair_memory(teacher: Checkpoint, target: Architecture, recipe: Recipe, ma
     Raises:
         DoesNotFit: says what would.
     """
-    if not recipe.prune.repair or target == teacher.architecture:
+    if not recipe.prune.repair or target == teacher.architecture or not reaches(recipe, "prune"):
         return 0
     block_size = recipe.data.block_size
     blocks = max(1, recipe.prune.tokens // block_size)
@@ -270,65 +303,13 @@ def _evaluation_memory(
 ) -> int:
     """Bytes of the teacher and one student, or of one after the other where both do not fit, see `comparison`. On the
     CPU the teacher's states lie in any case."""
-    if STAGES.index("evaluate") > STAGES.index(recipe.stop_after):
+    if not reaches(recipe, "evaluate"):
         return 0
     sizes, student, itemsize = teacher.architecture, _parameters(first, target), machine.dtype.itemsize
     states = recipe.data.heldout_tokens * sizes.hidden if machine.device == "cpu" else 0
     together = itemsize * (teacher.parameters + student + states)
     apart = itemsize * (max(teacher.parameters, student + sizes.vocab * sizes.hidden) + states)
     return together if together <= memory.ROOM * machine.memory else apart
-
-
-def _seconds(
-    recipe: Recipe,
-    training_tokens: int,
-    before: Architecture,
-    target: Architecture,
-    first: Checkpoint,
-    teacher: Checkpoint,
-    machine: Machine,
-) -> dict[str, float]:
-    """Of the long stages, from the rate of a GEMM. Only the training is spread over several GPUs."""
-    rate = EFFICIENCY * machine.flops
-
-    def flops(model: Checkpoint, sizes: Architecture) -> int:
-        shapes = cost.shapes(model.family, model.layout)
-        return cost.flops_per_token(model.family, shapes, sizes, context=recipe.data.block_size // 2)
-
-    ahead, parent, student = flops(teacher, teacher.architecture), flops(first, before), flops(first, target)
-    built = recipe.search.candidates + 4 if recipe.arch is None else 1
-    search = built * (2 * recipe.search.probe_tokens * (parent + student) + recipe.data.heldout_tokens / 3 * student)
-    tokens = training_tokens + (recipe.distill.tokens or 0 if recipe.baseline else 0)
-    step = ahead + (4 if recipe.distill.gradient_checkpointing else 3) * student
-    stages = {
-        "measure": _measured_tokens(recipe, before.layers) * parent / rate,
-        "search": (search + _tournament_tokens(recipe) * step) / rate,
-        "prune": 2 * recipe.prune.repair * recipe.prune.tokens * (parent + student) / rate,
-        "distill": tokens * step / (rate * machine.gpus),
-        "evaluate": recipe.data.heldout_tokens * (ahead + 3 * student) / rate,
-    }
-    return {stage: time for stage, time in stages.items() if STAGES.index(stage) <= STAGES.index(recipe.stop_after)}
-
-
-def _measured_tokens(recipe: Recipe, layers: int) -> float:
-    """Tokens of forward passes that take as long as the measurement; without one by a task, whose length is not known.
-
-    Gram matrices cost as much as the pass that they are made of, and a backward pass twice as much as a forward one.
-    """
-    options = recipe.measure
-    gradients = 3 * min(options.tokens, sensitivity.TOKENS) if options.grams and options.gradients else 0
-    passes = sum(PASSES[kind](layers) for kind in PASSES if getattr(options, kind))
-    return (1 + options.grams) * options.tokens + gradients + passes * recipe.data.heldout_tokens / 3
-
-
-def _tournament_tokens(recipe: Recipe) -> int:
-    """That candidates are trained on, all together."""
-    if recipe.arch is not None or not recipe.search.tokens:
-        return 0
-    there, tokens = 0, 0
-    for count, end in tournament.rounds(recipe.search.candidates, recipe.search.tokens):
-        there, tokens = end, tokens + count * (end - there)
-    return tokens
 
 
 def show(result: dict[str, Any]) -> None:
@@ -348,21 +329,23 @@ def show(result: dict[str, Any]) -> None:
     for larger in result["larger_students"]:
         size, tokens = f"{larger['parameters']:,}", f"{larger['tokens']:,}"
         console.print(f"In rounds: first a student of {size} parameters, distilled on {tokens} tokens")
-    training = result["training"]
-    console.print(
-        f"Distillation: {training['steps']:,} steps of {training['batch_blocks']} × {training['block_size']} tokens "
-        f"({training['tokens']:,} in all), learning rate {training['learning_rate']:.2g}"
-        + (" · √(KL at the start), less of small weights" if training["by_distance"] else "")
-    )
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in result["peak_memory_parts"].items())
-    each = " on each" if result["gpus"] > 1 else ""
-    console.print(f"Peak memory of the training{each}: about {result['peak_memory_bytes'] / 1e9:.1f} GB ({parts})")
-    for stage in ("search", "repair", "evaluation"):
+    if training := result["training"]:
+        console.print(
+            f"Distillation: {training['steps']:,} steps of {training['batch_blocks']} × {training['block_size']} "
+            f"tokens ({training['tokens']:,} in all), learning rate {training['learning_rate']:.2g}"
+            + (" · √(KL at the start), less of small weights" if training["by_distance"] else "")
+        )
+    if result["peak_memory_parts"]:
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in result["peak_memory_parts"].items())
+        each = " on each" if result["gpus"] > 1 else ""
+        console.print(f"Peak memory of the training{each}: about {result['peak_memory_bytes'] / 1e9:.1f} GB ({parts})")
+    stages = {"measure": "measurement", "search": "search", "repair": "repair", "evaluation": "evaluation"}
+    for stage, name in stages.items():
         if need := result[f"{stage}_memory_bytes"]:
-            console.print(f"Peak memory of the {stage}: about {need / 1e9:.1f} GB")
-    stages = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items())
+            console.print(f"Peak memory of the {name}: about {need / 1e9:.1f} GB")
+    times = " · ".join(f"{stage} {duration(time)}" for stage, time in result["seconds"].items() if time)
     where = "on this machine, now" if result["here"] else f"on {result['gpus']} GPU{'s' * (result['gpus'] > 1)}"
-    console.print(f"Time {where}: about {duration(sum(result['seconds'].values()))} ({stages})")
+    console.print(f"Time {where}: about {duration(sum(result['seconds'].values()))} ({times})")
     console.print(f"Would write {result['disk_bytes'] / 1e6:,.0f} MB: {', '.join(result['writes'])}")
 
 

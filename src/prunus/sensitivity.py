@@ -22,7 +22,9 @@ from prunus.families import Family
 from prunus.head import head_of
 from prunus.layerwise import TokenBlocks
 
-BATCH_BLOCKS, TOKENS = 2, 8192
+BATCH_BLOCKS, BATCH_TOKENS = 2, 2048
+"""What goes through the model at once, at most: all that it keeps for its backward pass is in memory."""
+TOKENS = 8192
 """Of the text so many tokens do: a backward pass costs twice as much as a forward one."""
 CHUNK_TOKENS = 256
 ROWS = 512
@@ -44,13 +46,14 @@ def sensitivity(model: PreTrainedModel, family: Family, blocks: TokenBlocks) -> 
         BadCheckpoint: what the model computes is not finite.
     """
     tokens_1S, _ = blocks.batch([0])
+    step = batch_blocks(tokens_1S.shape[1])
     count = min(len(blocks), max(1, TOKENS // tokens_1S.shape[1]))
     device = next(anatomy.body_of(model).parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     sketches: dict[tuple[int, str], Tensor] = {}
     with _gradients(model, family) as gradients:
-        for start in range(0, count, BATCH_BLOCKS):
-            stop = min(start + BATCH_BLOCKS, count)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
             tokens_BS, positions_BS = (part.to(device) for part in blocks.batch(list(range(start, stop))))
             _backward(model, tokens_BS, positions_BS, generator)
             for place, gradient in gradients.items():
@@ -59,6 +62,11 @@ def sensitivity(model: PreTrainedModel, family: Family, blocks: TokenBlocks) -> 
                 sketches[place] = sketches.get(place, 0) + signs_KN @ g_NO
             gradients.clear()
     return {place: sketch / (ROWS * tokens_1S.numel() * count) ** 0.5 for place, sketch in sketches.items()}
+
+
+def batch_blocks(block_size: int) -> int:
+    """Blocks of so many tokens that go through the model at once."""
+    return max(1, min(BATCH_BLOCKS, BATCH_TOKENS // block_size))
 
 
 @contextlib.contextmanager

@@ -63,9 +63,19 @@ class Source:
 def opened(teacher: Checkpoint) -> Source:
     """A checkpoint on the device, or on disk where it would take much of the free memory."""
     dtype = hardware.fast_dtype(teacher.dtype)
-    need = teacher.bytes * dtype.itemsize // teacher.dtype.itemsize
-    fits = need <= SHARE_OF_MEMORY * hardware.free_memory()
-    return in_memory(teacher.module(dtype, hardware.device())) if fits else on_disk(teacher)
+    if too_large(teacher, dtype.itemsize, hardware.free_memory()):
+        return on_disk(teacher)
+    return in_memory(teacher.module(dtype, hardware.device()))
+
+
+def too_large(teacher: Checkpoint, itemsize: int, free: int) -> bool:
+    """Whether a checkpoint is read layer by layer.
+
+    Args:
+        itemsize: bytes of a value in the type that is computed in.
+        free: bytes of the device.
+    """
+    return teacher.bytes * itemsize // teacher.dtype.itemsize > SHARE_OF_MEMORY * free
 
 
 def in_memory(model: PreTrainedModel) -> Source:
