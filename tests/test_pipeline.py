@@ -184,12 +184,12 @@ def test_another_recipe_is_refused_unless_redone(run, whole_model, corpus):
     changed = make_recipe(whole_model, corpus, run.root, baseline=True, prune=SMALL["prune"] | {"damping": 0.02})
     with pytest.raises(BadOutput, match=r"changed: prune.*--redo"):
         compress(changed)
-    before = (run.root / "2-candidates.json").stat().st_mtime_ns
+    before = (run.root / "1-scores.safetensors").stat().st_mtime_ns
     halfway = compress(changed.model_copy(update={"stop_after": "prune"}), redo=True)
     done = [stage["name"] for stage in collect(halfway)["stages"]]
     assert done == list(STAGES[: STAGES.index("prune") + 1]), "the time of what is stale does not count"
     compress(changed)
-    assert (run.root / "2-candidates.json").stat().st_mtime_ns == before
+    assert (run.root / "1-scores.safetensors").stat().st_mtime_ns == before
     assert "0.02" in (run.root / "recipe.yaml").read_text()
 
 

@@ -14,6 +14,14 @@ QK_NORMS: Weights = {
 FAMILY = dataclasses.replace(
     cohere2.FAMILY,
     model_type="cohere",
-    layer_weights={**cohere2.FAMILY.layer_weights, **QK_NORMS},
     per_layer_fields=(),
+    requires={**cohere2.FAMILY.requires, "use_qk_norm": False},
+)
+VARIANTS = (
+    FAMILY,
+    dataclasses.replace(
+        FAMILY,
+        layer_weights={**FAMILY.layer_weights, **QK_NORMS},
+        requires={**FAMILY.requires, "use_qk_norm": True},
+    ),
 )
