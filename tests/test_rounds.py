@@ -268,6 +268,9 @@ def test_sizes_may_be_moved_and_their_page_goes_with_what_it_shows(whole_model, 
     before = [file.stat().st_mtime_ns for file in weights]
     assert invoke("report", str(moved)).exit_code == 0
     assert invoke("evaluate", str(moved)).exit_code == 0
+    assert (moved / "report.html").is_file()
+    again = ("--set", "evaluate.limit=1", "--redo", "--stop-after", "evaluate")
+    assert invoke("compress", str(moved), *again).exit_code == 0
     assert not (moved / "report.html").exists()
     assert invoke("compress", str(moved)).exit_code == 0
     assert (moved / "report.html").is_file()
