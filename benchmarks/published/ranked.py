@@ -39,14 +39,17 @@ def wanda_sp(bench: Bench) -> PreTrainedModel:
 
 def minitron(bench: Bench) -> PreTrainedModel:
     """Its scores on the shape that Prunus found. Source: arXiv:2407.14679; the whole is `recipes/minitron.yaml`."""
-    scores = pr.score(bench.statistics, ffn="preactivation", hidden="norm_output", heads="output", kv_heads="sum")
-    return bench.sliced(bench.shape, scores, norm_correction=False, head_residuals=True)
+    return _minitron(bench, ffn="preactivation")
 
 
 def minitron_activation(bench: Bench) -> PreTrainedModel:
     """The same with neurons by what the down projection reads, as NVIDIA's own tool scores those of gated FFNs
     (modelopt.torch.prune, mcore_minitron); the paper's formula is of the first projection, before the activation."""
-    scores = pr.score(bench.statistics, ffn="activation", hidden="norm_output", heads="output", kv_heads="sum")
+    return _minitron(bench, ffn="activation")
+
+
+def _minitron(bench: Bench, *, ffn: str) -> PreTrainedModel:
+    scores = pr.score(bench.statistics, ffn=ffn, hidden="norm_output", heads="output", kv_heads="sum")
     return bench.sliced(bench.shape, scores, norm_correction=False, head_residuals=True)
 
 

@@ -37,8 +37,13 @@ GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 """The vocabulary as SentencePiece stores it, which llama.cpp reads instead of tokenizer.json where it is there."""
 STALE_FILES = (
-    *(f"{SENTENCEPIECE}*", "*.model", "*.tiktoken", "tekken.json"),
-    *("vocab.*", "merges.txt", "added_tokens.json"),
+    f"{SENTENCEPIECE}*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
 )
 """Other forms of the old vocabulary."""
 
