@@ -82,7 +82,7 @@ def make(folder: Path) -> None:
 
 def measure(model: Path, scores: Path) -> None:
     teacher = pr.load(model)
-    statistics = pr.measure(teacher, RandomBlocks(), source=on_disk(teacher), grams=False)
+    statistics = pr.measure(teacher, RandomBlocks(), source=on_disk(teacher))
     save_scores(pr.score(statistics, ffn="activation"), scores)
 
 

@@ -41,15 +41,12 @@ def main() -> None:
         one_pass = timed(
             {
                 "plain forward": lambda: plain(model, blocks),
-                "measure": lambda: measure(teacher, blocks, source=in_memory(model), grams=False),
-                "measure with Gram matrices": lambda: measure(
-                    teacher, blocks, source=in_memory(model), gradients=False
-                ),
+                "measure": lambda: measure(teacher, blocks, source=in_memory(model), gradients=False),
                 gradients: lambda: sensitivity(model, teacher.family, blocks),
             },
             rounds=ROUNDS,
         )
-        show(one_pass, blocks.num_tokens, limit={"measure": 1.15, "measure with Gram matrices": 1.7})
+        show(one_pass, blocks.num_tokens, limit={"measure": 1.15})
         few, layers = blocks.head(BATCH_BLOCKS), teacher.architecture.layers
         alone = timed(
             {

@@ -20,12 +20,17 @@ from prunus.source import in_memory
 
 HELD_OUT_BLOCKS = 40
 CUTS = {
-    "ffn=768": [("plain", "activation"), ("repaired", "reconstruction")],
-    "ffn=1024": [("plain", "activation"), ("repaired", "activation"), ("repaired", "reconstruction")],
-    "hidden=540": [("plain", "norm_output"), ("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
-    "hidden=504": [("plain", "energy"), ("norm-corrected", "energy"), ("repaired", "energy")],
+    "ffn=768": [("plain", "activation"), ("repaired", "tempered_fisher")],
+    "ffn=1024": [("plain", "activation"), ("repaired", "activation"), ("repaired", "tempered_fisher")],
+    "hidden=540": [
+        ("plain", "norm_output"),
+        ("plain", "norm_share"),
+        ("norm-corrected", "norm_share"),
+        ("repaired", "norm_share"),
+    ],
+    "hidden=504": [("plain", "norm_share"), ("norm-corrected", "norm_share"), ("repaired", "norm_share")],
     "layers=24": [("plain", "block_influence"), ("repaired", "block_influence")],
-    "heads=6": [("plain", "output"), ("repaired", "output"), ("repaired", "reconstruction")],
+    "heads=6": [("plain", "output"), ("repaired", "output"), ("repaired", "fisher")],
 }
 
 
@@ -50,8 +55,7 @@ def run(teacher: pr.Checkpoint, calibration: text.Blocks, heldout: text.Blocks, 
     model = teacher.module(hardware.fast_dtype(teacher.dtype))
     print(f"calibration {calibration.num_tokens} tokens, held out {heldout.num_tokens} tokens")
     print(f"teacher {quality(model, heldout).perplexity:.2f}")
-    grams = any(function == "reconstruction" for key in cuts for _, function in CUTS[key])
-    statistics = measure(teacher, calibration, source=in_memory(model), grams=grams)
+    statistics = measure(teacher, calibration, source=in_memory(model))
     for key in cuts:
         axis, _, size = key.partition("=")
         target = teacher.architecture.replace(**{axis: int(size)})

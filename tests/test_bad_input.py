@@ -408,7 +408,6 @@ def test_a_recipe_that_is_not_there(refused, tmp_path):
         (("--set", "prune.repair=["), "the value is not YAML"),
         (("--set", "measure=3"), "measure: "),
         (("--set", "data.block_size=10Q"), "data.block_size: '10Q' is not a quantity"),
-        (("--set", "score.ffn=reconstruction", "--set", "measure.grams=false"), "measure.grams"),
         (("--set", "score.layers=leave_one_out"), "measure.leave_one_out"),
         (("--set", "distill.seed=-1"), "distill.seed: Input should be greater than or equal to 0"),
         (("--set", "distill.teacher_cache=false"), "distill.teacher_cache: 'False' is unknown; one of samples"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import RandomBlocks, tiny_model, weights_of
 
+from prunus.anatomy import layers_of
 from prunus.checkpoint import load
 from prunus.depth import KINDS, contiguous_by_task, with_depth
 from prunus.errors import BadRecipe
@@ -47,7 +48,7 @@ _STATISTICS = {}
 
 def statistics_of(teacher, blocks):
     if teacher.folder not in _STATISTICS:
-        found = measure(teacher, blocks, grams=True)
+        found = measure(teacher, blocks)
         for kind in KINDS:
             found = with_depth(kind, teacher, found, blocks)
         by_task = contiguous_by_task(in_memory(teacher.module()), lambda model: 0.5)
@@ -78,11 +79,36 @@ def test_scores_of_experts_by_hand():
     sums = {"output/experts": torch.tensor([[4.0, 0.0]]), "tokens/experts": torch.tensor([[2.0, 0.0]])}
     sums |= {"energy/expert_ffn": torch.tensor([[[4.0, 0.0], [0.0, 0.0]]])}
     sums |= {"write/expert_ffn": torch.tensor([[[9.0, 1.0], [1.0, 1.0]]])}
-    stats = Statistics({}, {}, sums, {}, num_blocks=1, num_tokens=4)
+    stats = Statistics({}, {}, sums, num_blocks=1, num_tokens=4)
     assert TABLE["experts"]["reap"](stats, "experts", "").tolist() == [[2.0, 0.0]]
     assert TABLE["experts"]["frequency"](stats, "experts", "").tolist() == [[0.5, 0.0]]
     assert TABLE["expert_ffn"]["output"](stats, "expert_ffn", "").tolist() == [[[6.0, 0.0], [0.0, 0.0]]]
     assert TABLE["expert_ffn"]["activation"](stats, "expert_ffn", "").tolist() == [[[2.0, 0.0], [0.0, 0.0]]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "olmo2"])
+def test_a_channel_has_its_share_of_what_each_norm_hands_on(name, blocks, tmp_path):
+    """Of what the norms put out, whatever the size of their weights; of the stream where it is read without one."""
+    teacher = tiny_model(name, tmp_path)
+    model, shares = teacher.module(), []
+    read = {branch.norm for branch in teacher.family.branches if branch.norm}
+
+    def see(x_BSC):
+        squares_H = x_BSC.flatten(0, 1).double().square().sum(0)
+        shares.append(squares_H / squares_H.sum())
+
+    for layer in layers_of(model):
+        for norm in read:
+            layer.get_submodule(norm).register_forward_hook(lambda _, args, output: see(output))
+        if not read:
+            layer.register_forward_pre_hook(lambda _, args: see(args[0] / args[0].norm(dim=-1, keepdim=True)))
+    model.get_submodule(teacher.family.final_norm).register_forward_hook(lambda _, args, output: see(output))
+    tokens, positions = blocks.batch(list(range(len(blocks))))
+    with torch.no_grad():
+        model(input_ids=tokens, position_ids=positions, use_cache=False)
+    found = score(measure(teacher, blocks, gradients=False))["hidden"]
+    torch.testing.assert_close(found, torch.stack(shares).sum(0).float(), rtol=1e-3, atol=1e-5)
+    assert float(found.sum()) == pytest.approx((len(read) or 1) * teacher.architecture.layers + 1, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
@@ -106,16 +132,14 @@ def test_every_score_follows_a_permutation_of_the_neurons(llama, blocks, tmp_pat
             layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
     model.save_pretrained(tmp_path)
     permuted_teacher = load(tmp_path)
-    for name in ("activation", "preactivation", "reconstruction", "magnitude"):
-        original = score(measure(llama, blocks, grams=True), ffn=name)["ffn"]
-        permuted = score(measure(permuted_teacher, blocks, grams=True), ffn=name)["ffn"]
+    for name in ("activation", "preactivation", "tempered_fisher", "fisher", "magnitude"):
+        original = score(measure(llama, blocks), ffn=name)["ffn"]
+        permuted = score(measure(permuted_teacher, blocks), ffn=name)["ffn"]
         torch.testing.assert_close(permuted, original[:, order], rtol=1e-3, atol=1e-4)
 
 
 def test_scores_that_need_more_say_so(llama, blocks):
-    plain = measure(llama, blocks, grams=False)
-    with pytest.raises(BadRecipe, match=r"measure.grams"):
-        score(plain, ffn="reconstruction")
+    plain = measure(llama, blocks, gradients=False)
     with pytest.raises(BadRecipe, match=r"measure.leave_one_out"):
         score(plain, ffn="activation", layers="leave_one_out")
     with pytest.raises(BadRecipe, match="activation"):

@@ -211,7 +211,7 @@ def cut_and_reload(teacher: Checkpoint, target: Architecture, blocks: "object", 
     masked_teacher = masked(teacher, kept, target)
     # The masked model is measured itself: its dropped channels hold no energy, which the norm correction must see.
     model = masked_teacher.module()
-    found = measure(masked_teacher, blocks, source=in_memory(model), grams=False)
+    found = measure(masked_teacher, blocks, source=in_memory(model), gradients=False)
     scores = dataclasses.replace(
         scores, energies={norm: energy / found.num_tokens for norm, energy in found.energies.items()}
     )

@@ -154,10 +154,9 @@ def test_counts_are_whole_and_positive(value):
 
 
 def test_scores_that_need_a_measurement():
-    for score, measure in (("reconstruction", {"grams": False}), ("leave_one_out", {}), ("contiguous_by_task", {})):
-        axis = "ffn" if score == "reconstruction" else "layers"
-        with pytest.raises(BadRecipe, match=f"{axis}: {score} needs measure"):
-            parse(LEAST | {"score": {axis: score}, "measure": measure}, source="test")
+    for score in ("leave_one_out", "contiguous_by_task"):
+        with pytest.raises(BadRecipe, match=f"layers: {score} needs measure"):
+            parse(LEAST | {"score": {"layers": score}}, source="test")
 
 
 def test_a_cache_cannot_judge_what_the_student_will_write():

@@ -10,7 +10,7 @@ from conftest import for_each_kind
 
 from prunus import sensitivity as module
 from prunus.anatomy import layers_of
-from prunus.elimination import removal_errors
+from prunus.importance import score
 from prunus.layerwise import branches_of
 from prunus.measure import measure
 from prunus.sensitivity import sensitivity
@@ -89,6 +89,10 @@ def test_neurons_are_weighed_by_it(llama, blocks, monkeypatch):
     with torch.no_grad():
         model(input_ids=tokens, position_ids=positions, use_cache=False)
     h_NF = torch.cat(seen)
-    expected = removal_errors(h_NF.T @ h_NF / len(h_NF), down.weight[3:4])
-    torch.testing.assert_close(found.removal["ffn"][1], expected, rtol=1e-2, atol=1e-9)
-    assert not torch.allclose(bare.removal["ffn"], found.removal["ffn"])
+    damage_F = (h_NF * down.weight[3]).square().sum(0)
+    torch.testing.assert_close(found.sums["damage/ffn"][1], damage_F, rtol=1e-3, atol=1e-9)
+    assert not torch.allclose(bare.sums["damage/ffn"], found.sums["damage/ffn"])
+    size_F = h_NF.square().mean(0).sqrt()
+    torch.testing.assert_close(
+        score(found)["ffn"][1], (size_F * (damage_F / len(h_NF)).sqrt()).sqrt(), rtol=1e-3, atol=0
+    )

@@ -19,7 +19,7 @@ LAYERS = """
     families._decilm families._uneven
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families
     cost files frozen layerwise parallel
-    sensitivity elimination packing experts weights storage checks shards hub checkpoint source documents text scores
+    sensitivity packing experts weights storage checks shards hub checkpoint source documents text scores
     weight_norms selection repair refit row_blocks fused schedule memory
     measuring measure depth importance prune pieces vocabulary shared_tokens evaluate tasks
     weight_size masters teacher hidden on_policy step watch distill trackers

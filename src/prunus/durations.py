@@ -66,12 +66,12 @@ def seconds(
 def _measured_tokens(recipe: Recipe, layers: int) -> float:
     """Tokens of forward passes that take as long as the measurement; without one by a task, whose length is not known.
 
-    Gram matrices cost as much as the pass that they are made of, and a backward pass twice as much as a forward one.
+    A backward pass costs twice as much as a forward one.
     """
     options = recipe.measure
-    gradients = 3 * min(options.tokens, sensitivity.TOKENS) if options.grams and options.gradients else 0
+    gradients = 3 * min(options.tokens, sensitivity.TOKENS) if options.gradients else 0
     passes = sum(PASSES[kind](layers) for kind in PASSES if getattr(options, kind))
-    return (1 + options.grams) * options.tokens + gradients + passes * recipe.data.heldout_tokens / 3
+    return options.tokens + gradients + passes * recipe.data.heldout_tokens / 3
 
 
 def _tournament_tokens(recipe: Recipe) -> int:

@@ -17,13 +17,13 @@ from prunus.scores import Scores
 
 DEFAULTS = {
     "layers": "block_influence",
-    "hidden": "energy",
-    "ffn": "reconstruction",
-    "heads": "reconstruction",
-    "kv_heads": "reconstruction",
+    "hidden": "norm_share",
+    "ffn": "tempered_fisher",
+    "heads": "fisher",
+    "kv_heads": "fisher",
     "experts": "reap",
     "expert_ffn": "output",
-    "shared_ffn": "reconstruction",
+    "shared_ffn": "tempered_fisher",
     "linear_heads": "output",
     "mamba_heads": "output",
     "mamba_head_dim": "energy",
@@ -34,11 +34,8 @@ DEFAULTS = {
 }
 """Score of each axis, and the reductions "over blocks : over tokens" of the activation scores.
 
-Minitron's choices, but for "energy" and "reconstruction", which start better here (see LOG.md).
+Minitron's choices, but for "norm_share" and those by the Fisher information, which start better here (see LOG.md).
 """
-
-WITHOUT_GRAMS = {"ffn": "activation", "heads": "output", "kv_heads": "sum", "shared_ffn": "activation"}
-"""Instead of those of `DEFAULTS` where no Gram matrices were measured."""
 
 
 def aggregate(sums_32LC: Tensor, num_blocks: int, aggregation: str) -> Tensor:
@@ -76,14 +73,23 @@ def preactivation(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     return aggregate(stats.reductions[f"preactivation/{axis}"], stats.num_blocks, aggregation)
 
 
-def reconstruction(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """[L, C]: root of what it costs when a neuron, head or group leaves after those before it and others make up for
-    it by least squares (`elimination.removal_errors`). Needs `measure(grams=True)`."""
-    if axis not in stats.removal:
-        raise BadRecipe(
-            f"score {axis}=reconstruction needs Gram matrices: measure with grams (recipe: measure.grams: true)"
-        )
-    return stats.removal[axis].sqrt()
+def fisher(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, C]: root of the damage that the Fisher information foretells if a neuron, head or group were not there,
+    √(½ E[(g·W x)²]), gradients g and what it writes W x taken as independent.
+
+    Source: the Fisher information as in Theis et al., arXiv:1801.05787, factored as in K-FAC, arXiv:1503.05671.
+    """
+    return (stats.sums[f"damage/{axis}"].clamp_min(0) / stats.num_tokens).sqrt()
+
+
+def tempered_fisher(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[L, F]: geometric mean of `fisher` and of a neuron's size, √E[x²].
+
+    The gradients are of a few tokens of one kind of text: by half their power neurons serve other text better, and this
+    text no worse (LOG.md, 2026-11-30). Not so of heads, whose values have any scale that their projection undoes.
+    """
+    squares = stats.reductions[f"activation/{axis}"][REDUCTIONS.index("l2"), 1]
+    return (fisher(stats, axis, aggregation) * (squares / stats.num_tokens).sqrt()).sqrt()
 
 
 def head_output(stats: Statistics, axis: str, aggregation: str) -> Tensor:
@@ -106,9 +112,20 @@ def _per_group(stats: Statistics, aggregation: str) -> Tensor:
 
 
 def energy(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """[H]: Σ over the norms of E[(x/rms(x))²], the channel's share of what every norm reads. [L, C]: the same of a
-    latent's norm; or E[x²] of what a channel of the Mamba heads writes."""
+    """[L, C]: E[(x/rms(x))²], the share that a latent's channel has of what its norm reads; [D]: E[x²] of what a
+    channel of the Mamba heads writes."""
     return stats.sums[f"energy/{axis}"] / stats.num_tokens
+
+
+def norm_share(stats: Statistics, axis: str, aggregation: str) -> Tensor:
+    """[H]: Σ over the norms of E[LN(X)_i²] / Σ_j E[LN(X)_j²], the channel's share of what each norm hands on.
+
+    Each norm counts the same, however large its weights; what a branch reads without a norm counts as if it had one.
+    """
+    _, squares_NH = stats.reductions["output/hidden"][REDUCTIONS.index("l2")]
+    bare_LH = stats.sums.get("bare/hidden", squares_NH[:0])
+    reads_NH = torch.cat([squares_NH, bare_LH])
+    return (reads_NH / reads_NH.sum(1, keepdim=True).clamp_min(1e-30)).sum(0)
 
 
 def norm_output(stats: Statistics, axis: str, aggregation: str) -> Tensor:
@@ -191,7 +208,8 @@ Score = Callable[[Statistics, str, str], Tensor]
 NEURONS: Mapping[str, Score] = {
     "activation": activation,
     "preactivation": preactivation,
-    "reconstruction": reconstruction,
+    "tempered_fisher": tempered_fisher,
+    "fisher": fisher,
     "magnitude": magnitude,
     "random": random,
 }
@@ -207,11 +225,16 @@ TABLE: Mapping[str, Mapping[str, Score]] = {
         "logit_mse": logit_mse,
         "random": random,
     },
-    "hidden": {"energy": energy, "norm_output": norm_output, "magnitude": magnitude, "random": random},
+    "hidden": {
+        "norm_share": norm_share,
+        "norm_output": norm_output,
+        "magnitude": magnitude,
+        "random": random,
+    },
     "ffn": NEURONS,
-    "heads": {"output": head_output, "reconstruction": reconstruction, "magnitude": magnitude, "random": random},
+    "heads": {"output": head_output, "fisher": fisher, "magnitude": magnitude, "random": random},
     "kv_heads": {
-        "reconstruction": reconstruction,
+        "fisher": fisher,
         "sum": group_sum,
         "l2": group_l2,
         "magnitude": magnitude,
@@ -240,12 +263,11 @@ def score(stats: Statistics, **functions: str) -> Scores:
 
     Args:
         stats: from `measure`.
-        functions: axis → name in `TABLE`, and aggregation → one of `AGGREGATIONS`; the rest as in `DEFAULTS`, or
-            `WITHOUT_GRAMS`.
+        functions: axis → name in `TABLE`, and aggregation → one of `AGGREGATIONS`; the rest as in `DEFAULTS`.
     Raises:
         BadRecipe: unknown axis or function, or statistics that the function needs were not measured.
     """
-    chosen = DEFAULTS | ({} if stats.removal else WITHOUT_GRAMS) | functions
+    chosen = DEFAULTS | functions
     mistakes = [
         f"unknown score axis {axis!r}; axes: {', '.join(DEFAULTS)}" for axis in functions if axis not in DEFAULTS
     ]

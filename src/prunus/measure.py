@@ -1,6 +1,7 @@
 """One pass over calibration text → sufficient statistics for every score. Scores are made from them in `importance`.
 
-Shapes: L layers, B blocks (samples), S tokens of a block, H hidden channels, F FFN neurons, A query heads, C channels.
+Shapes: L layers, B blocks (samples), S tokens of a block, H hidden channels, F FFN neurons, A query heads, G groups of
+them, P parts of any kind, of D columns each, K rows of what is written, C channels.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 from prunus import experts, hardware, layerwise, measuring
 from prunus.architecture import Architecture
 from prunus.checkpoint import Checkpoint
-from prunus.elimination import removal_errors
 from prunus.families import Family
 from prunus.layerwise import TokenBlocks
-from prunus.measuring import GRAM_TOKENS, SUMMED, check_measuring
+from prunus.measuring import SUMMED, check_measuring
 from prunus.scores import load_tensors, save_tensors
 from prunus.sensitivity import Sketches, sensitivity
 from prunus.source import Source, opened
@@ -44,23 +44,22 @@ class Statistics:
         energies: norm → Σ (x/rms)² per channel of its input, [L, H] for most; the final norm [H].
         sums: "cosine" [L]: Σ cos(layer input, layer output) over tokens. Of experts [L, E], over the tokens that each
             was sent: "tokens/experts" their number, "output/experts" Σ w‖y‖ with the router's weight w and its output
-            y, and [L, E, F] "energy/expert_ffn" Σ (w h)² of its neurons h. "energy/hidden" [H]: the energies of all
-            norms of the stream; of latents "energy/" and the axis, [L, C]; "energy/mamba_head_dim" Σ over heads of x².
+            y, and [L, E, F] "energy/expert_ffn" Σ (w h)² of its neurons h. "bare/hidden" [L, H]: the energies of what
+            enters a layer that reads the stream without a norm; of latents "energy/" and the axis, [L, C];
+            "energy/mamba_head_dim" Σ over heads of x².
+            "damage/" and "ffn", "shared_ffn", "heads", "kv_heads" [L, C]: Σ of the squared error of what is written
+            if a part were not there; where gradients are known of what it costs, in nats (½ E[(g·δ)²], `sensitivity`).
             Of the weights, squared norms "weight/" and the axis: [L, C], [H] for hidden, [L, E, F] for expert_ffn; and
             "write/expert_ffn" of the columns that write.
-        removal: "ffn", "shared_ffn", "heads", "kv_heads" → `elimination.removal_errors`, [L, C]; empty unless measured
-            with `grams`.
-            Measured by the loss, in nats per token; else by the squared error of what is written.
-
-    Where layers are of several kinds, a layer that lacks what is summed has zeros.
         num_blocks, num_tokens: of the text.
         provenance: teacher, text.
+
+    Where layers are of several kinds, a layer that lacks what is summed has zeros.
     """
 
     reductions: Mapping[str, Tensor]
     energies: Mapping[str, Tensor]
     sums: Mapping[str, Tensor]
-    removal: Mapping[str, Tensor]
     num_blocks: int
     num_tokens: int
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +75,6 @@ def measure(
     blocks: TokenBlocks,
     *,
     source: Source | None = None,
-    grams: bool = True,
     gradients: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
@@ -85,32 +83,30 @@ def measure(
     Args:
         blocks: calibration text.
         source: where the teacher's layers are, if it is at hand; opened otherwise, on disk where memory is short.
-        grams: also the Gram matrix of each FFN's neurons, for the "reconstruction" score. One is alive at a time;
-            without them the pass costs about half as much.
-        gradients: count errors of what neurons write as the loss minds them (`sensitivity`), which takes a backward
-            pass over a part of the text; not where the model is on disk.
+        gradients: count errors of what neurons and heads write as the loss minds them (`sensitivity`), which takes a
+            backward pass over a part of the text; not where the model is on disk.
         progress: called with the layers done and in all.
     Raises:
         BadCheckpoint: what the model computes is not finite.
         DoesNotFit: it would take more memory than is free; says how much text would do.
     """
     size = blocks.batch([0])[0].shape[-1]
-    check_measuring(teacher, blocks=len(blocks), block_size=size, grams=grams, gradients=gradients, source=source)
+    check_measuring(teacher, blocks=len(blocks), block_size=size, gradients=gradients, source=source)
     source, family = source or opened(teacher), teacher.family
-    sketches = sensitivity(source.model, family, blocks) if grams and gradients and source.whole else None
+    sketches = sensitivity(source.model, family, blocks) if gradients and source.whole else None
     with source.outer():
         batches = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
     count = teacher.architecture.layers
-    passes = [_LayerPass(family, grams=grams, sizes=teacher.architecture) for _ in range(count)]
+    passes = [_LayerPass(family, teacher.architecture) for _ in range(count)]
     for number, layer in enumerate(source.layers()):
         with passes[number].observing(layer):
             for batch in batches:
                 before = batch.stream_BSH
                 passes[number].batch_shape = before.shape[:2]
                 batch.stream_BSH = layerwise.run_layer(layer, before, batch.layer_inputs[number])
-                passes[number].add_cosine(before, batch.stream_BSH)
+                passes[number].add_stream(before, batch.stream_BSH)
         layerwise.check_finite(passes[number].cosine, f"what layer {number} of the model computes")
-        passes[number].finish(_metrics(layer, number, family, sketches) if grams else {})
+        passes[number].add_damage(_written(layer, number, family, sketches))
         progress(number + 1, count)
     final = _Reducer()
     final_energy = torch.zeros(teacher.architecture.hidden, device=hardware.device())
@@ -135,13 +131,10 @@ def _collect(
     energies = _stacked([layer.energies for layer in passes])
     sums = _stacked([{"cosine": layer.cosine, **layer.sums} for layer in passes])
     latents = {f"energy/{axis}": energies[norm].clone() for axis, norm in family.latents.items() if norm in energies}
-    sites = {site for branch in family.branches for site in (branch.norm, branch.post_norm)}
-    hidden = sum((energy.sum(0) for site, energy in energies.items() if site in sites), start=final_energy.cpu())
     return Statistics(
         reductions=signals | {"output/hidden": torch.stack([*read, final.total], dim=2).cpu()},
         energies=energies | {family.final_norm: final_energy.cpu()},
-        sums=sums | latents | {"energy/hidden": hidden} | weight_norms(teacher),
-        removal=_stacked([layer.removal for layer in passes]),
+        sums=sums | latents | weight_norms(teacher),
         num_blocks=len(blocks),
         num_tokens=tokens,
         provenance={
@@ -153,8 +146,8 @@ def _collect(
     )
 
 
-def _metrics(layer: nn.Module, number: int, family: Family, sketches: Sketches | None) -> dict[str, Tensor]:
-    """Axis → what its parts write, [O, F]; as the loss minds it, [K, F], where gradients are known (½ g gᵀ)."""
+def _written(layer: nn.Module, number: int, family: Family, sketches: Sketches | None) -> dict[str, Tensor]:
+    """Axis → what its parts write, [K, P·D]: the weight itself, or as the loss minds it where gradients are known."""
     found = {}
     for branch in layerwise.branches_of(layer, family):
         if branch.write is not None and branch.inner not in SUMMED:
@@ -194,17 +187,15 @@ class _Reducer:
 class _LayerPass:
     """What is gathered while all text goes through one layer."""
 
-    def __init__(self, family: Family, *, grams: bool, sizes: Architecture) -> None:
-        self.family, self.grams, self.sizes = family, grams, sizes
+    def __init__(self, family: Family, sizes: Architecture) -> None:
+        self.family, self.sizes = family, sizes
         self.reducers: dict[str, _Reducer] = defaultdict(_Reducer)
         self.energies: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.cosine: Tensor = torch.zeros(())
         self.num_tokens = 0
         self.batch_shape: torch.Size = torch.Size()
-        self.pending: dict[str, list[Tensor]] = defaultdict(list)
-        self.gram: dict[str, Tensor] = {}
-        self.removal: dict[str, Tensor] = {}
+        self.head_grams: Tensor = torch.zeros(())
 
     @contextlib.contextmanager
     def observing(self, layer: nn.Module) -> Iterator[None]:
@@ -248,12 +239,14 @@ class _LayerPass:
 
     def _see_heads(self, axis: str) -> Callable[[Tensor, Tensor], None]:
         def see(inner_BSD: Tensor, _: Tensor) -> None:
-            self._add_gram(axis, inner_BSD)
             per_head_BSAD = inner_BSD.unflatten(-1, (self.sizes[axis], -1))
             self.reducers[f"output/{axis}"].add(torch.linalg.vector_norm(per_head_BSAD, dim=-1, dtype=torch.float32))
             if axis == "mamba_heads":
                 energy_D = per_head_BSAD.float().square().sum((0, 1, 2))
                 self.sums["energy/mamba_head_dim"] = self.sums.get("energy/mamba_head_dim", 0) + energy_D
+            if axis not in SUMMED:
+                groups = inner_BSD.flatten(0, -2).chunk(self.sizes.get("kv_heads", self.sizes[axis]), dim=1)
+                self.head_grams = self.head_grams + torch.stack([layerwise.gram(group_ND) for group_ND in groups])
 
         return see
 
@@ -272,17 +265,7 @@ class _LayerPass:
         return lambda _, output: self.reducers[f"preactivation/{axis}"].add(self._blocks(output))
 
     def _see_ffn(self, axis: str) -> Callable[[Tensor, Tensor], None]:
-        def see(inner: Tensor, _: Tensor) -> None:
-            self.reducers[f"activation/{axis}"].add(self._blocks(inner))
-            self._add_gram(axis, inner)
-
-        return see
-
-    def _add_gram(self, axis: str, inner: Tensor) -> None:
-        if self.grams and axis not in SUMMED:
-            self.pending[axis].append(inner.flatten(0, -2))
-            if sum(map(len, self.pending[axis])) >= GRAM_TOKENS:
-                self._add_pending(axis)
+        return lambda inner, _: self.reducers[f"activation/{axis}"].add(self._blocks(inner))
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[B, S, C]; some layers and all mixtures of experts hand tokens on without the blocks that they are of."""
@@ -302,23 +285,40 @@ class _LayerPass:
         self.sums["output/experts"][here] += (weight_N * routed.output_NH.float().norm(dim=1)).sum()
         self.sums["energy/expert_ffn"][here] += weight_N.square() @ routed.inner_NF.float().square()
 
-    def _add_pending(self, axis: str) -> None:
-        gram = layerwise.gram(torch.cat(self.pending.pop(axis)))
-        self.gram[axis] = self.gram[axis].add_(gram) if axis in self.gram else gram
-
-    def add_cosine(self, before_BSH: Tensor, after_BSH: Tensor) -> None:
+    def add_stream(self, before_BSH: Tensor, after_BSH: Tensor) -> None:
+        if any(branch.norm is None for branch in self.family.branches):
+            energy_H = _energy(before_BSH, centred=self.family.centred)
+            self.sums["bare/hidden"] = self.sums.get("bare/hidden", 0) + energy_H
         # In bfloat16 a cosine near 1 is known to 1/256 only, and what it lacks to 1 is the score of the layer.
         self.cosine = self.cosine + F.cosine_similarity(before_BSH.float(), after_BSH.float(), dim=-1).sum()
         self.num_tokens += before_BSH.shape[0] * before_BSH.shape[1]
 
-    def finish(self, metrics: Mapping[str, Tensor]) -> None:
-        for axis in list(self.pending):
-            self._add_pending(axis)
-        for axis in list(self.gram):
-            gram_FF = self.gram.pop(axis) / self.num_tokens
-            for part in (axis, "kv_heads") if axis == "heads" and "kv_heads" in self.sizes else (axis,):
-                columns = len(gram_FF) // self.sizes[part]
-                self.removal[part] = removal_errors(gram_FF, metrics[axis], columns=columns)
+    def add_damage(self, written: Mapping[str, Tensor]) -> None:
+        """
+        Args:
+            written: axis → what its parts write, [K, P·D].
+        """
+        for axis, weight_KF in written.items():
+            if axis == "heads":
+                self._add_damage_of_heads(weight_KF)
+            elif f"activation/{axis}" in self.reducers:
+                squares_F = self.reducers[f"activation/{axis}"].total[REDUCTIONS.index("l2"), 1]
+                self.sums[f"damage/{axis}"] = _damage(squares_F[:, None, None], weight_KF)
+
+    def _add_damage_of_heads(self, weight_KF: Tensor) -> None:
+        grams_GDD, self.head_grams = self.head_grams, torch.zeros(())  # nothing of that size is kept of all layers
+        if "kv_heads" in self.sizes:
+            self.sums["damage/kv_heads"] = _damage(grams_GDD, weight_KF)
+        per_group = self.sizes.heads // len(grams_GDD)
+        blocks = grams_GDD.unflatten(2, (per_group, -1)).unflatten(1, (per_group, -1))
+        alone = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
+        self.sums["damage/heads"] = _damage(alone, weight_KF)
+
+
+def _damage(gram_PDD: Tensor, weight_KF: Tensor) -> Tensor:
+    """Σ over tokens of ‖W_p x_p‖² for each part p, [P]: tr W_p (Σ x xᵀ) W_pᵀ."""
+    weight_PKD = weight_KF.unflatten(1, (len(gram_PDD), -1)).transpose(0, 1)
+    return ((weight_PKD @ gram_PDD) * weight_PKD).sum((1, 2))
 
 
 def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
@@ -333,7 +333,7 @@ def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
 
 
 def save_statistics(statistics: Statistics, to: Path) -> None:
-    groups = {name: getattr(statistics, name) for name in ("reductions", "energies", "sums", "removal")}
+    groups = {name: getattr(statistics, name) for name in ("reductions", "energies", "sums")}
     save_tensors(groups, statistics.provenance, to)
 
 
@@ -343,7 +343,6 @@ def load_statistics(file: Path) -> Statistics:
         reductions=groups["reductions"],
         energies=groups["energies"],
         sums=groups["sums"],
-        removal=groups.get("removal", {}),
         num_blocks=int(provenance["blocks"]),
         num_tokens=int(provenance["tokens"]),
         provenance=provenance,

@@ -15,16 +15,11 @@ from prunus.source import Source, too_large
 
 BATCH_BLOCKS = 4
 """Blocks that go through a layer at once."""
-GRAM_TOKENS = 8192
-"""Tokens of one product XᵀX: one of several batches is faster than a sum of small ones."""
 SUMMED = ("mamba_heads", "linear_heads")
-"""Axes whose parts have no Gram matrix: their scores are sums of what each writes."""
+"""Axes of whose parts no damage is foretold: their scores are sums of what each writes."""
 LOGIT_BYTES = 20
 """Of each logit of a chunk: itself, its scaled copy, the softmax that labels are drawn from or the loss keeps, and two
 gradients, in float32."""
-GRAM_BYTES = 36
-"""Of each entry of the Gram matrix whose neurons leave one after another: itself, and four in float64 when it is
-damped (see `elimination.removal_errors`)."""
 
 
 def measuring(
@@ -32,7 +27,6 @@ def measuring(
     *,
     blocks: int,
     block_size: int,
-    grams: bool = True,
     gradients: bool = True,
     device: str | None = None,
     streamed: bool = False,
@@ -41,11 +35,11 @@ def measuring(
 
     One is backwards through the whole model, of a batch of a few blocks (see `sensitivity`). The other walks through
     the layers: of all tokens there is the stream, and what layers are called with, a mask of a byte for each key and
-    rotary tables; of one batch what a layer makes of it; and a layer's Gram matrices.
+    rotary tables; of one batch what a layer makes of it; and what the damage of its parts is foretold from.
 
     Args:
         blocks, block_size: of the text, in tokens.
-        grams, gradients: see `measure.measure`.
+        gradients: see `measure.measure`.
         device: "cpu" or "cuda", which need not be here (default: this machine's).
         streamed: the layers come from the disk one at a time; then there are no gradients.
     """
@@ -53,9 +47,9 @@ def measuring(
     weights = _itemsize(teacher, device) * (
         cost.at_once(teacher.family, teacher.layout, teacher.architecture) if streamed else teacher.parameters
     )
-    backwards = grams and gradients and not streamed
-    sketches = {"sketches": _sketches(teacher)} if backwards else {}
-    passes = [_walk(teacher, grams=grams, written=sensitivity.ROWS if backwards else None, **options)]
+    backwards = gradients and not streamed
+    sketches = {"sketches": 4 * sensitivity.ROWS * teacher.architecture.hidden * _writes(teacher)} if backwards else {}
+    passes = [_walk(teacher, **options)]
     passes += [_backwards(teacher, **options)] if backwards else []
     larger: dict[str, int] = max(passes, key=lambda parts: sum(parts.values()))
     return {"teacher": weights, **sketches, **larger}
@@ -66,7 +60,6 @@ def check_measuring(
     *,
     blocks: int,
     block_size: int,
-    grams: bool = True,
     gradients: bool = True,
     source: Source | None = None,
     device: str | None = None,
@@ -86,7 +79,7 @@ def check_measuring(
     loaded, room = source is not None and source.whole, memory.room(free)
 
     def parts(**changes: Any) -> dict[str, int]:
-        given = {"blocks": blocks, "block_size": block_size, "grams": grams, "gradients": gradients, "device": device}
+        given = {"blocks": blocks, "block_size": block_size, "gradients": gradients, "device": device}
         found = measuring(teacher, streamed=streamed, **{**given, **changes})
         return found | {"teacher": 0} if loaded else found
 
@@ -95,8 +88,10 @@ def check_measuring(
     for_text = room - sum(walk.values()) + walk["streams"] - need.get("sketches", 0)
     tokens = blocks * block_size * for_text // max(1, walk["streams"])
     fewer = {f"measure.tokens={tokens // 1024}k": {"blocks": max(1, tokens // block_size)}}
-    others = {"measure.gradients=false": {"gradients": False}, "measure.grams=false": {"grams": False}}
-    changes: dict[str, dict[str, Any]] = {**(fewer if tokens >= memory.LEAST_TOKENS else {}), **others}
+    changes: dict[str, dict[str, Any]] = {
+        **(fewer if tokens >= memory.LEAST_TOKENS else {}),
+        "measure.gradients=false": {"gradients": False},
+    }
     enough = [name for name, change in changes.items() if sum(parts(**change).values()) <= room]
     advice = f"This would fit: {'; '.join(enough)}." if enough else "Use shorter blocks (data.block_size)."
     return memory.checked("measuring", Fits(need, streamed), room, advice)
@@ -107,34 +102,32 @@ def _itemsize(teacher: Checkpoint, device: str | None) -> int:
     return (hardware.fast_dtype(teacher.dtype) if here else teacher.dtype).itemsize
 
 
-def _sketches(teacher: Checkpoint) -> int:
+def _writes(teacher: Checkpoint) -> int:
+    """Branches of all layers that write to the stream, of each of which there is a sketch."""
     having = cost.branch_layers(teacher.family, teacher.layout)
-    writes = sum(len(having.get(branch.name, ())) for branch in teacher.family.branches if branch.write)
-    return 4 * sensitivity.ROWS * teacher.architecture.hidden * writes
+    return sum(len(having.get(branch.name, ())) for branch in teacher.family.branches if branch.write)
 
 
 def _backwards(teacher: Checkpoint, *, blocks: int, block_size: int, device: str) -> dict[str, int]:
-    """The weights ask for no gradients, so that less is kept than in a training; that is about what holes take."""
+    """Activations of all layers; gradients of one of them, of what each branch writes, and two like what is summed."""
     batch = min(blocks, sensitivity.batch_blocks(block_size))
     rows = min(batch * block_size, sensitivity.CHUNK_TOKENS)
+    activations, sizes = memory.activations(_pass(teacher, batch, block_size, device)), teacher.architecture
+    written = batch * block_size * sizes.hidden * _itemsize(teacher, device) * _writes(teacher)
+    summed = 8 * batch * block_size * (sensitivity.ROWS + sizes.hidden)
     return {
-        "activations": memory.activations(_pass(teacher, batch, block_size, device)),
+        "activations": int(memory.HOLES[device] * activations),
+        "gradients": activations // sizes.layers + written + summed,
         "logits": LOGIT_BYTES * rows * teacher.architecture.vocab,
     }
 
 
-def _walk(
-    teacher: Checkpoint, *, blocks: int, block_size: int, device: str, grams: bool, written: int | None
-) -> dict[str, int]:
-    """
-    Args:
-        written: rows of what neurons write: of a sketch, or None where it is the weight itself.
-    """
+def _walk(teacher: Checkpoint, *, blocks: int, block_size: int, device: str) -> dict[str, int]:
     family, sizes, itemsize = teacher.family, teacher.architecture, _itemsize(teacher, device)
     holes, hidden, batch = memory.HOLES[device], sizes.hidden, min(blocks, BATCH_BLOCKS)
     having = cost.branch_layers(family, teacher.layout)
     branches = [branch for branch in family.branches if branch.write and branch.name in having]
-    widths = [memory.written_from(branch, family, sizes) for branch in branches if branch.inner not in SUMMED]
+    widths = {branch: memory.written_from(branch, family, sizes) for branch in branches if branch.inner not in SUMMED}
     widest = max([hidden, *(memory.written_from(branch, family, sizes) for branch in branches)])
     # Layers with and without a window are called with their own masks and tables.
     kinds = len(set(cost.windows_of(family.text(teacher.config), sizes.layers)))
@@ -148,13 +141,13 @@ def _walk(
         # four values in float32 as wide as an FFN, as in the repair; of Mamba products of states
         "a batch": int(holes * max(16 * widest * batch * block_size, layer)),
     }
-    if not grams or not widths:
+    if not widths:
         return found
-    pending = min(blocks * block_size, GRAM_TOKENS + batch * block_size)
-    kept, largest = 4 * sum(width**2 for width in widths), max(widths)
-    product = itemsize * pending * (sum(widths) + largest) + 4 * largest**2
-    leaving = (GRAM_BYTES - 4) * largest**2 + 12 * largest * (written or hidden)
-    return {**found, "Gram matrices": kept + max(product, leaving)}
+    # Of heads the squares of a group; the weight of the widest branch, and three more like what it writes or a sketch.
+    groups = sizes.get("kv_heads", sizes.get("heads", 1))
+    squares = [width**2 // groups for branch, width in widths.items() if branch.inner == "heads"]
+    written_from = max(widths.values())
+    return {**found, "damage": 4 * (2 * sum(squares) + written_from * (hidden + 3 * max(hidden, sensitivity.ROWS)))}
 
 
 def _pass(teacher: Checkpoint, blocks: int, block_size: int, device: str) -> memory.Training:

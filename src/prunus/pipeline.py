@@ -184,9 +184,7 @@ def _measure(run: Run) -> None:
     source, gradients = opened(run.parent), options.gradients
     by_task = _by_task(run, source)  # first: a task that cannot be had should say so at once
     with console.bar("layers", unit="layers") as step:
-        statistics = measure(
-            run.parent, run.calibration, source=source, grams=options.grams, gradients=gradients, progress=step
-        )
+        statistics = measure(run.parent, run.calibration, source=source, gradients=gradients, progress=step)
     for kind in depth.KINDS:
         if getattr(options, kind):
             with console.bar(kind.replace("_", " "), unit="layers") as step:

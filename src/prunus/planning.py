@@ -257,7 +257,6 @@ def _measure_memory(teacher: Checkpoint, recipe: Recipe, machine: Machine) -> in
         teacher,
         blocks=max(1, options.tokens // block_size),
         block_size=block_size,
-        grams=options.grams,
         gradients=options.gradients,
         device=machine.device,
         free=machine.memory,

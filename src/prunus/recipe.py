@@ -97,9 +97,8 @@ class Measure(Section):
     """The pass over calibration text."""
 
     tokens: Count = Field(32768, description="calibration tokens, from the training text")
-    grams: bool = Field(True, description="also Gram matrices, which the score reconstruction needs")
     gradients: bool = Field(
-        True, description="also gradients of a part of the text, by which the scores from Gram matrices weigh errors"
+        True, description="also gradients of a part of the text, by which fisher scores weigh errors"
     )
     leave_one_out: bool = Field(False, description="also the loss without each layer (layers=leave_one_out)")
     iterative: bool = Field(
@@ -113,11 +112,6 @@ class Measure(Section):
     logit_mse: bool = Field(False, description="also the change of the logits without each layer (layers=logit_mse)")
 
 
-def _by_grams(axis: str) -> Any:
-    plain = importance.WITHOUT_GRAMS[axis]
-    return Field(None, description=f"default: {importance.DEFAULTS[axis]}; without Gram matrices {plain}")
-
-
 def _one_of(axis: str) -> Any:
     return name_of(importance.AGGREGATIONS if axis == "aggregation" else tuple(importance.TABLE[axis]))
 
@@ -127,12 +121,12 @@ class Score(Section):
 
     layers: _one_of("layers") = importance.DEFAULTS["layers"]  # type: ignore[valid-type]
     hidden: _one_of("hidden") = importance.DEFAULTS["hidden"]  # type: ignore[valid-type]
-    ffn: _one_of("ffn") | None = _by_grams("ffn")  # type: ignore[valid-type]
-    heads: _one_of("heads") | None = _by_grams("heads")  # type: ignore[valid-type]
-    kv_heads: _one_of("kv_heads") | None = _by_grams("kv_heads")  # type: ignore[valid-type]
+    ffn: _one_of("ffn") = importance.DEFAULTS["ffn"]  # type: ignore[valid-type]
+    heads: _one_of("heads") = importance.DEFAULTS["heads"]  # type: ignore[valid-type]
+    kv_heads: _one_of("kv_heads") = importance.DEFAULTS["kv_heads"]  # type: ignore[valid-type]
     experts: _one_of("experts") = importance.DEFAULTS["experts"]  # type: ignore[valid-type]
     expert_ffn: _one_of("expert_ffn") = importance.DEFAULTS["expert_ffn"]  # type: ignore[valid-type]
-    shared_ffn: _one_of("shared_ffn") | None = _by_grams("shared_ffn")  # type: ignore[valid-type]
+    shared_ffn: _one_of("shared_ffn") = importance.DEFAULTS["shared_ffn"]  # type: ignore[valid-type]
     linear_heads: _one_of("linear_heads") = importance.DEFAULTS["linear_heads"]  # type: ignore[valid-type]
     mamba_heads: _one_of("mamba_heads") = importance.DEFAULTS["mamba_heads"]  # type: ignore[valid-type]
     mamba_head_dim: _one_of("mamba_head_dim") = importance.DEFAULTS["mamba_head_dim"]  # type: ignore[valid-type]
@@ -284,11 +278,6 @@ class Recipe(Section):
             mistake = f"params gives several sizes, which {' and '.join(given[1:])} cannot be combined with"
         if mistake is None and self.search.workers > 1 and not self.search.tokens:
             mistake = "search.workers: nothing is trained side by side without search.tokens"
-        fitted = [axis for axis, score in self.score if score == "reconstruction"]
-        if mistake is None and fitted and not self.measure.grams:
-            mistake = (
-                f"score.{', score.'.join(fitted)}: reconstruction needs measure.grams: true, or choose other scores"
-            )
         for score, wanted in {**dict.fromkeys(depth.KINDS, "true"), "contiguous_by_task": "the name of a task"}.items():
             if mistake is None and self.score.layers == score and not getattr(self.measure, score):
                 mistake = f"score.layers: {score} needs measure.{score}: {wanted}, or choose another score"

@@ -109,7 +109,7 @@ def lost_share(scores: Scores, teacher: Architecture, architecture: Architecture
     shares = {axis: _tail(scores[axis], architecture[axis]) for axis in _plain_axes(teacher)}
     # A layer's influence is already a damage, and the sum of what is removed is what counts.
     shares["layers"] = float(_lowest(scores["layers"].clamp_min(0)[None], architecture.layers))
-    # The score of a hidden channel is an energy.
+    # The score of a hidden channel is a sum of shares.
     shares["hidden"] = float(_lowest(scores["hidden"][None], architecture.hidden))
     if "heads" in scores.axes:
         groups = _tail(scores["kv_heads"], architecture.kv_heads)
