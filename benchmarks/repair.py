@@ -30,7 +30,7 @@ CUTS = {
     ],
     "hidden=504": [("plain", "norm_share"), ("norm-corrected", "norm_share"), ("repaired", "norm_share")],
     "layers=24": [("plain", "block_influence"), ("repaired", "block_influence")],
-    "heads=6": [("plain", "output"), ("repaired", "output"), ("repaired", "fisher")],
+    "heads=6": [("plain", "output"), ("repaired", "output"), ("repaired", "tempered_fisher")],
 }
 
 

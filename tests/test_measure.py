@@ -50,7 +50,9 @@ def test_signals_are_what_the_layers_compute(teacher, blocks, layer):
             parts_PND = inner_BSF.flatten(0, 1).float().chunk(teacher.architecture[part], dim=1)
             weights_POD = weight_OF.chunk(teacher.architecture[part], dim=1)
             written = [(x_ND @ w_OD.T).square().sum() for x_ND, w_OD in zip(parts_PND, weights_POD, strict=True)]
-            torch.testing.assert_close(stats.sums[f"damage/{part}"][layer], torch.stack(written), rtol=1e-3, atol=1e-5)
+            for name in ("written", "damage"):  # the same without gradients
+                found = stats.sums[f"{name}/{part}"][layer]
+                torch.testing.assert_close(found, torch.stack(written), rtol=1e-3, atol=1e-5)
         if axis in HEADS:
             heads_BSA = inner_BSF.unflatten(-1, (teacher.architecture[axis], -1)).norm(dim=-1)
             found = stats.reductions[f"output/{axis}"][0, 0, layer]

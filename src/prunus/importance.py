@@ -19,8 +19,8 @@ DEFAULTS = {
     "layers": "block_influence",
     "hidden": "norm_share",
     "ffn": "tempered_fisher",
-    "heads": "fisher",
-    "kv_heads": "fisher",
+    "heads": "tempered_fisher",
+    "kv_heads": "tempered_fisher",
     "experts": "reap",
     "expert_ffn": "output",
     "shared_ffn": "tempered_fisher",
@@ -83,12 +83,16 @@ def fisher(stats: Statistics, axis: str, aggregation: str) -> Tensor:
 
 
 def tempered_fisher(stats: Statistics, axis: str, aggregation: str) -> Tensor:
-    """[L, F]: geometric mean of `fisher` and of a neuron's size, √E[x²].
+    """[L, C]: geometric mean of `fisher` and of a part's size: of a neuron √E[x²], of heads √E‖W x‖², since what a head
+    reads may have any scale that its projection undoes.
 
-    The gradients are of a few tokens of one kind of text: by half their power neurons serve other text better, and this
-    text no worse (LOG.md, 2026-11-30). Not so of heads, whose values have any scale that their projection undoes.
+    The gradients are of a few tokens of one kind of text: by half their power they keep what serves other text better,
+    and this text no worse (LOG.md, 2026-11-30).
     """
-    squares = stats.reductions[f"activation/{axis}"][REDUCTIONS.index("l2"), 1]
+    if axis in ("heads", "kv_heads"):
+        squares = stats.sums[f"written/{axis}"].clamp_min(0)
+    else:
+        squares = stats.reductions[f"activation/{axis}"][REDUCTIONS.index("l2"), 1]
     return (fisher(stats, axis, aggregation) * (squares / stats.num_tokens).sqrt()).sqrt()
 
 
@@ -232,8 +236,15 @@ TABLE: Mapping[str, Mapping[str, Score]] = {
         "random": random,
     },
     "ffn": NEURONS,
-    "heads": {"output": head_output, "fisher": fisher, "magnitude": magnitude, "random": random},
+    "heads": {
+        "output": head_output,
+        "tempered_fisher": tempered_fisher,
+        "fisher": fisher,
+        "magnitude": magnitude,
+        "random": random,
+    },
     "kv_heads": {
+        "tempered_fisher": tempered_fisher,
         "fisher": fisher,
         "sum": group_sum,
         "l2": group_l2,

@@ -1,7 +1,7 @@
 """One pass over calibration text → sufficient statistics for every score. Scores are made from them in `importance`.
 
 Shapes: L layers, B blocks (samples), S tokens of a block, H hidden channels, F FFN neurons, A query heads, G groups of
-them, P parts of any kind, of D columns each, K rows of what is written, C channels.
+them, P parts of any kind, of D columns each, O channels that are written, K rows of a sketch, C channels.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class Statistics:
             y, and [L, E, F] "energy/expert_ffn" Σ (w h)² of its neurons h. "bare/hidden" [L, H]: the energies of what
             enters a layer that reads the stream without a norm; of latents "energy/" and the axis, [L, C];
             "energy/mamba_head_dim" Σ over heads of x².
-            "damage/" and "ffn", "shared_ffn", "heads", "kv_heads" [L, C]: Σ of the squared error of what is written
-            if a part were not there; where gradients are known of what it costs, in nats (½ E[(g·δ)²], `sensitivity`).
+            "written/" and "ffn", "shared_ffn", "heads", "kv_heads" [L, C]: Σ of the squared norm of what a part
+            writes; "damage/" what it costs in nats if that is not there (½ E[(g·δ)²], see `sensitivity`), and the same
+            as "written/" where no gradients are known.
             Of the weights, squared norms "weight/" and the axis: [L, C], [H] for hidden, [L, E, F] for expert_ffn; and
             "write/expert_ffn" of the columns that write.
         num_blocks, num_tokens: of the text.
@@ -106,7 +107,7 @@ def measure(
                 batch.stream_BSH = layerwise.run_layer(layer, before, batch.layer_inputs[number])
                 passes[number].add_stream(before, batch.stream_BSH)
         layerwise.check_finite(passes[number].cosine, f"what layer {number} of the model computes")
-        passes[number].add_damage(_written(layer, number, family, sketches))
+        passes[number].add_written(_written(layer, number, family, sketches))
         progress(number + 1, count)
     final = _Reducer()
     final_energy = torch.zeros(teacher.architecture.hidden, device=hardware.device())
@@ -146,14 +147,16 @@ def _collect(
     )
 
 
-def _written(layer: nn.Module, number: int, family: Family, sketches: Sketches | None) -> dict[str, Tensor]:
-    """Axis → what its parts write, [K, P·D]: the weight itself, or as the loss minds it where gradients are known."""
+def _written(
+    layer: nn.Module, number: int, family: Family, sketches: Sketches | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Axis → the weight by which its parts write [O, F], and as the loss minds it [K, F] where gradients are known."""
     found = {}
     for branch in layerwise.branches_of(layer, family):
         if branch.write is not None and branch.inner not in SUMMED:
-            weight_OF = layerwise.weight_of(layer.get_submodule(branch.write))
+            weight_OF = layerwise.weight_of(layer.get_submodule(branch.write)).float()
             sketch = None if sketches is None else sketches[number, branch.write]
-            found[branch.inner] = weight_OF.float() if sketch is None else sketch @ weight_OF.float() / math.sqrt(2)
+            found[branch.inner] = weight_OF, weight_OF if sketch is None else sketch @ weight_OF / math.sqrt(2)
     return found
 
 
@@ -293,29 +296,26 @@ class _LayerPass:
         self.cosine = self.cosine + F.cosine_similarity(before_BSH.float(), after_BSH.float(), dim=-1).sum()
         self.num_tokens += before_BSH.shape[0] * before_BSH.shape[1]
 
-    def add_damage(self, written: Mapping[str, Tensor]) -> None:
-        """
-        Args:
-            written: axis → what its parts write, [K, P·D].
-        """
-        for axis, weight_KF in written.items():
-            if axis == "heads":
-                self._add_damage_of_heads(weight_KF)
-            elif f"activation/{axis}" in self.reducers:
-                squares_F = self.reducers[f"activation/{axis}"].total[REDUCTIONS.index("l2"), 1]
-                self.sums[f"damage/{axis}"] = _damage(squares_F[:, None, None], weight_KF)
+    def add_written(self, written: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """What each part of these axes writes, by its size and as the loss minds it; once all text went through."""
+        for axis, (weight_OF, minded_KF) in written.items():
+            for part, gram_PDD in self._grams(axis).items():
+                self.sums[f"written/{part}"] = _squares(gram_PDD, weight_OF)
+                self.sums[f"damage/{part}"] = _squares(gram_PDD, minded_KF)
+        self.head_grams = torch.zeros(())  # nothing of that size is kept of all layers
 
-    def _add_damage_of_heads(self, weight_KF: Tensor) -> None:
-        grams_GDD, self.head_grams = self.head_grams, torch.zeros(())  # nothing of that size is kept of all layers
-        if "kv_heads" in self.sizes:
-            self.sums["damage/kv_heads"] = _damage(grams_GDD, weight_KF)
-        per_group = self.sizes.heads // len(grams_GDD)
-        blocks = grams_GDD.unflatten(2, (per_group, -1)).unflatten(1, (per_group, -1))
-        alone = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
-        self.sums["damage/heads"] = _damage(alone, weight_KF)
+    def _grams(self, axis: str) -> dict[str, Tensor]:
+        """Kind of part → Σ over tokens of x xᵀ of each, [P, D, D]; neurons have one value each."""
+        if axis != "heads":
+            reducer = self.reducers.get(f"activation/{axis}")
+            return {} if reducer is None else {axis: reducer.total[REDUCTIONS.index("l2"), 1, :, None, None]}
+        per_group = self.sizes.heads // len(self.head_grams)
+        blocks = self.head_grams.unflatten(2, (per_group, -1)).unflatten(1, (per_group, -1))
+        alone = {"heads": blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)}
+        return alone | ({"kv_heads": self.head_grams} if "kv_heads" in self.sizes else {})
 
 
-def _damage(gram_PDD: Tensor, weight_KF: Tensor) -> Tensor:
+def _squares(gram_PDD: Tensor, weight_KF: Tensor) -> Tensor:
     """Σ over tokens of ‖W_p x_p‖² for each part p, [P]: tr W_p (Σ x xᵀ) W_pᵀ."""
     weight_PKD = weight_KF.unflatten(1, (len(gram_PDD), -1)).transpose(0, 1)
     return ((weight_PKD @ gram_PDD) * weight_PKD).sum((1, 2))
