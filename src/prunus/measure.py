@@ -317,6 +317,8 @@ class _LayerPass:
 
 def _squares(gram_PDD: Tensor, weight_KF: Tensor) -> Tensor:
     """Σ over tokens of ‖W_p x_p‖² for each part p, [P]: tr W_p (Σ x xᵀ) W_pᵀ."""
+    if gram_PDD.shape[-1] == 1:  # products of thousands of single columns take long
+        return gram_PDD.flatten() * weight_KF.square().sum(0)
     weight_PKD = weight_KF.unflatten(1, (len(gram_PDD), -1)).transpose(0, 1)
     return ((weight_PKD @ gram_PDD) * weight_PKD).sum((1, 2))
 
