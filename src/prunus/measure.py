@@ -154,9 +154,9 @@ def _written(
     found = {}
     for branch in layerwise.branches_of(layer, family):
         if branch.write is not None and branch.inner not in SUMMED:
-            weight_OF = layerwise.weight_of(layer.get_submodule(branch.write)).float()
+            weight_OF = layerwise.weight_of(layer.get_submodule(branch.write))
             sketch = None if sketches is None else sketches[number, branch.write]
-            found[branch.inner] = weight_OF, weight_OF if sketch is None else sketch @ weight_OF / math.sqrt(2)
+            found[branch.inner] = weight_OF, weight_OF if sketch is None else sketch @ weight_OF.float() / math.sqrt(2)
     return found
 
 
@@ -317,9 +317,10 @@ class _LayerPass:
 
 def _squares(gram_PDD: Tensor, weight_KF: Tensor) -> Tensor:
     """Σ over tokens of ‖W_p x_p‖² for each part p, [P]: tr W_p (Σ x xᵀ) W_pᵀ."""
-    if gram_PDD.shape[-1] == 1:  # products of thousands of single columns take long
-        return gram_PDD.flatten() * weight_KF.square().sum(0)
-    weight_PKD = weight_KF.unflatten(1, (len(gram_PDD), -1)).transpose(0, 1)
+    if gram_PDD.shape[-1] == 1:
+        # Products of thousands of single columns take long; squares of a whole weight in float32, much memory.
+        return gram_PDD.flatten() * torch.stack([rows.float().square().sum(0) for rows in weight_KF.split(512)]).sum(0)
+    weight_PKD = weight_KF.float().unflatten(1, (len(gram_PDD), -1)).transpose(0, 1)
     return ((weight_PKD @ gram_PDD) * weight_PKD).sum((1, 2))
 
 
