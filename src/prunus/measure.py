@@ -317,11 +317,11 @@ class _LayerPass:
 
 def _squares(gram_PDD: Tensor, weight_KF: Tensor) -> Tensor:
     """Σ over tokens of ‖W_p x_p‖² for each part p, [P]: tr W_p (Σ x xᵀ) W_pᵀ."""
-    if gram_PDD.shape[-1] == 1:
-        # Products of thousands of single columns take long; squares of a whole weight in float32, much memory.
+    # A part or some rows at a time: a whole weight in float32 is as large as all else that a streamed model needs.
+    if gram_PDD.shape[-1] == 1:  # products of thousands of single columns take long
         return gram_PDD.flatten() * torch.stack([rows.float().square().sum(0) for rows in weight_KF.split(512)]).sum(0)
-    weight_PKD = weight_KF.float().unflatten(1, (len(gram_PDD), -1)).transpose(0, 1)
-    return ((weight_PKD @ gram_PDD) * weight_PKD).sum((1, 2))
+    parts = zip(weight_KF.chunk(len(gram_PDD), dim=1), gram_PDD, strict=True)
+    return torch.stack([(part_KD.float() @ gram_DD * part_KD).sum() for part_KD, gram_DD in parts])
 
 
 def _energy(x_BSH: Tensor, *, centred: bool) -> Tensor:
