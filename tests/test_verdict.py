@@ -39,7 +39,7 @@ def report(**distilled: object) -> dict:
         "models": [
             {"key": "teacher", "perplexity": 19.0, **speed, "tasks": tasks(0.5)},
             {"key": "cut", "perplexity": 3120.5},
-            {"key": "repaired", "perplexity": 88.2},
+            {"key": "repaired", "perplexity": 88.2, "kl_to_teacher": 1.52},
             final,
             {"key": "baseline", "perplexity": 140.3},
         ],
@@ -131,6 +131,7 @@ def test_no_false_alarm() -> None:
     [
         ({"perplexity": 18.0}, "below the teacher's"),
         ({"perplexity": 150.0}, "Distillation made the student worse (perplexity 88.2 → 150)."),
+        ({"kl_to_teacher": 1.9}, "Distillation made the student worse (KL to the teacher 1.52 → 1.90)."),
         ({"perplexity": 145.0}, "trained from random weights is as good"),
         ({"perplexity": math.inf}, "not finite"),
         ({"perplexity": None}, "not measured"),

@@ -45,6 +45,8 @@ SAVINGS = {
     "kv_bytes_per_token": "bytes of KV cache per token",
     "flops_per_token": "FLOPs per token",
 }
+QUALITIES = {"perplexity": "perplexity", "kl_to_teacher": "KL to the teacher"}
+"""Lower is better."""
 SPEEDS = {"reads prompts": "prefill_tokens_per_second", "generates": "decode_tokens_per_second"}
 
 
@@ -133,7 +135,7 @@ def _lost(teacher: Report, student: Report, named: set[str]) -> str:
 def _path(report: Report) -> str:
     """Perplexity from stage to stage."""
     stages = STAGES | _unrepaired(report) | {"baseline": "for the same architecture trained from random weights"}
-    known = _perplexities(report)
+    known = _figures(report, "perplexity")
     parts = [f"{formats.number(known[stage])} {words}" for stage, words in stages.items() if stage in known]
     return f"perplexity was {_and(parts)}" if len(parts) > 1 else ""
 
@@ -148,9 +150,9 @@ def _perplexity_ratio(teacher: Report, student: Report) -> float | None:
     return ratio(student.get("perplexity"), teacher.get("perplexity"))
 
 
-def _perplexities(report: Report) -> dict[str, float]:
+def _figures(report: Report, field: str) -> dict[str, float]:
     """The finite ones, by model."""
-    known = {key: finite(model.get("perplexity")) for key, model in evaluated(report).items()}
+    known = {key: finite(model.get(field)) for key, model in evaluated(report).items()}
     return {key: value for key, value in known.items() if value is not None}
 
 
@@ -232,19 +234,25 @@ def _latency_cautions(report: Report, speeds: Mapping[str, float]) -> Iterator[s
 
 def _stage_cautions(report: Report) -> Iterator[str]:
     """A stage that did harm, or was not run."""
-    known, final = _perplexities(report), final_stage(report)
+    known, final = _figures(report, "perplexity"), final_stage(report)
     repair = "The correction of the norms" if _unrepaired(report) else "The repair"
     for before, after, words in (("cut", "repaired", repair), ("repaired", "distilled", "Distillation")):
-        worse = ratio(known.get(after), known.get(before))
-        if worse is not None and worse > 1:
-            old, new = (formats.number(known[stage]) for stage in (before, after))
-            if old != new:
-                yield f"{words} made the student worse (perplexity {old} → {new})."
+        rises = [_rise(noun, _figures(report, field), before, after) for field, noun in QUALITIES.items()]
+        if any(rises):
+            yield f"{words} made the student worse ({_and([rise for rise in rises if rise])})."
     if final in ("cut", "repaired"):
         yield "The student was not distilled: nothing has trained it since the cut."
     baseline = ratio(known.get("baseline"), known.get(final or ""))
     if baseline is not None and baseline <= 1:
         yield "The same architecture trained from random weights is as good: the teacher's weights gained nothing."
+
+
+def _rise(noun: str, values: Mapping[str, float], before: str, after: str) -> str:
+    """'perplexity 88.2 → 150', where that shows in the digits of a report."""
+    if before not in values or after not in values or values[after] <= values[before]:
+        return ""
+    old, new = (formats.number(values[stage]) for stage in (before, after))
+    return f"{noun} {old} → {new}" if old != new else ""
 
 
 def _speed_cautions(teacher: Report, student: Report) -> Iterator[str]:
