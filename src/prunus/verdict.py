@@ -237,9 +237,10 @@ def _stage_cautions(report: Report) -> Iterator[str]:
     known, final = _figures(report, "perplexity"), final_stage(report)
     repair = "The correction of the norms" if _unrepaired(report) else "The repair"
     for before, after, words in (("cut", "repaired", repair), ("repaired", "distilled", "Distillation")):
-        rises = [_rise(noun, _figures(report, field), before, after) for field, noun in QUALITIES.items()]
-        if any(rises):
-            yield f"{words} made the student worse ({_and([rise for rise in rises if rise])})."
+        figures = ((noun, _figures(report, field)) for field, noun in QUALITIES.items())
+        rises = [rise for noun, values in figures if (rise := _rise(noun, values, before, after))]
+        if rises:
+            yield f"{words} made the student worse ({_and(rises)})."
     if final in ("cut", "repaired"):
         yield "The student was not distilled: nothing has trained it since the cut."
     baseline = ratio(known.get("baseline"), known.get(final or ""))
