@@ -140,6 +140,8 @@ def test_every_score_follows_a_permutation_of_the_neurons(llama, blocks, tmp_pat
 
 def test_scores_that_need_more_say_so(llama, blocks):
     plain = measure(llama, blocks, gradients=False)
+    assert score(plain).provenance["score/ffn"] == "tempered_fisher, without gradients"
+    assert score(plain).provenance["score/hidden"] == "norm_share"
     with pytest.raises(BadRecipe, match=r"measure.leave_one_out"):
         score(plain, ffn="activation", layers="leave_one_out")
     with pytest.raises(BadRecipe, match="activation"):

@@ -6,9 +6,9 @@ import json
 import pytest
 from conftest import small_flags
 
-from prunus import cost, hardware, latency, memory
+from prunus import choice, cost, hardware, latency, memory, tournament
 from prunus.budget import parse_budget
-from prunus.errors import DoesNotFit
+from prunus.errors import DoesNotFit, Stopped
 from prunus.importance import score
 from prunus.latency import fitted, measured_rates, tuned
 from prunus.measure import measure
@@ -75,6 +75,32 @@ def test_what_no_other_architecture_betters_stays(llama, scores, clock):
     assert clock["turns"] == 1
 
 
+def test_a_fast_enough_one_that_another_limit_holds_stays(llama, scores, clock):
+    """Found with a wider tolerance than the default's, it is not among the architectures of that."""
+    clock["cut"] = 0.8
+    budget = parse_budget(llama, latency="0.9x", params="0.6x", rates=RATES)
+    wide = legal_architectures(llama.family, llama.architecture, budget, tolerance=0.1)
+    assert set(wide) - set(legal_architectures(llama.family, llama.architecture, budget))
+    clock["turns"] = 0
+    assert [tuned(llama, scores, budget, each, tolerance=0.1) for each in wide] == wide
+    assert clock["turns"] == len(wide)
+
+
+def test_the_nearest_of_those_that_were_timed_is_taken(llama, scores, monkeypatch):
+    """A clock whose every later try misses by more."""
+    shares, tried = iter([0.8, 1.2, 1.9, 2.5]), []
+
+    def microseconds(teacher, scores, architectures, **_):
+        tried.append(architectures[0])
+        return [1000 * next(shares), 1000]
+
+    monkeypatch.setattr(latency, "microseconds", microseconds)
+    budget = parse_budget(llama, latency="0.75x", rates=RATES)
+    start = llama.architecture.replace(layers=3)
+    assert tuned(llama, scores, budget, start) == start
+    assert len(tried) == len(set(tried)) > 1
+
+
 def test_models_are_timed_in_turns(llama, scores):
     smaller = llama.architecture.replace(layers=1)
     small, whole = latency.microseconds(llama, scores, [smaller, llama.architecture])
@@ -90,6 +116,20 @@ def test_models_that_do_not_fit_side_by_side_are_refused_before_one_is_built(lla
     monkeypatch.setattr(latency, "cut", lambda *_, **__: pytest.fail("cut"))
     with pytest.raises(DoesNotFit, match=r"timing needs .* [(]2 models side by side.* such as --params"):
         latency.microseconds(llama, scores, shapes)
+
+
+def test_a_killed_tournament_goes_on_with_the_times_it_began_with(
+    invoke, clock, whole_model, corpus, tmp_path, monkeypatch
+):
+    flags = small_flags(corpus, tmp_path / "run", budget=("--latency", "0.7x"))
+    with monkeypatch.context() as patched:
+        patched.setattr(tournament, "distill", lambda *_, **__: (_ for _ in ()).throw(Stopped("killed")))
+        assert invoke("search", str(whole_model), *flags, "--set", "search.tokens=512").exit_code
+    monkeypatch.setattr(latency, "measured_rates", lambda *_, **__: pytest.fail("timed again"))
+    monkeypatch.setattr(choice, "prune", lambda *_, **__: pytest.fail("cut again"))
+    result = invoke("search", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.stderr
+    assert not (tmp_path / "run" / ".tournament").exists()
 
 
 def test_a_run_with_a_budget_of_time(invoke, clock, whole_model, corpus, tmp_path):

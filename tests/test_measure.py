@@ -177,6 +177,21 @@ def test_leave_one_out_equals_running_the_model_without_each_layer(teacher, bloc
         assert float(loss) == pytest.approx(naive(layer), rel=1e-4)
 
 
+def test_a_streamed_model_loses_layers_over_as_many_blocks_as_fit(llama, blocks, monkeypatch):
+    """Where one block fits, each goes alone; both ways with the figures of all at once."""
+    whole, losses = leave_one_out(llama, blocks, source=on_disk(llama))
+    monkeypatch.setattr(hardware, "free_memory", lambda: 0)
+    done = []
+    again, alone = leave_one_out(
+        llama, blocks, source=on_disk(llama), progress=lambda layers, total: done.append((layers, total))
+    )
+    assert again == pytest.approx(whole, rel=1e-6)
+    assert torch.allclose(alone, losses, rtol=1e-6)
+    assert len(done) == len(blocks) * llama.architecture.layers
+    assert done == sorted(done)
+    assert done[-1] == (4, 4)
+
+
 def test_without_layers_that_are_gone_it_is_a_smaller_model(llama, blocks):
     whole, losses = leave_one_out(llama, blocks)
     again, fewer = leave_one_out(llama, blocks, without=[1])

@@ -150,6 +150,8 @@ def test_a_limit_that_the_larger_student_keeps_already(whole_model, corpus, tmp_
     further = {"to": str(tmp_path / "other"), "start": str(run.path("distill")), "params": "0.8x", "kv_cache": None}
     with pytest.raises(BadRecipe, match="keeps its budget already"):
         compress(run.recipe.model_copy(update=further))
+    timed = compress(run.recipe.model_copy(update=further | {"latency": "0.5x", "stop_after": "search"}))
+    assert timed.candidates["candidates"]
 
 
 def test_a_plan_knows_the_rounds(invoke, whole_model, corpus, tmp_path):

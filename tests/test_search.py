@@ -15,7 +15,7 @@ from prunus.errors import BadRecipe, BudgetUnreachable
 from prunus.families import family_of
 from prunus.importance import score
 from prunus.measure import measure
-from prunus.search import lost_share, probe_architectures, search
+from prunus.search import lost_curves, lost_share, probe_architectures, search
 from prunus.selection import illegal_cut
 from prunus.space import legal_architectures
 from prunus.text import tokenise
@@ -215,10 +215,23 @@ def test_what_is_proposed_other_programs_load_too(tmp_path):
 
 def test_lost_share_is_zero_for_all_and_grows_with_the_cut(llama, blocks):
     scores, whole = score(measure(llama, blocks)), llama.architecture
-    assert set(lost_share(scores, whole, whole).values()) == {0.0}
+    curves = lost_curves(scores, whole)
+    assert set(lost_share(curves, whole).values()) == {0.0}
     for axis, sizes in {"layers": (3, 2), "hidden": (42, 24), "ffn": (30, 10), "heads": (3, 3)}.items():
-        shares = [lost_share(scores, whole, whole.replace(**{axis: size}))[axis] for size in sizes]
+        shares = [lost_share(curves, whole.replace(**{axis: size}))[axis] for size in sizes]
         assert 0 < shares[0] <= shares[1] < 1
+
+
+def test_lost_share_is_that_of_the_energy_of_what_leaves(llama, blocks):
+    scores, whole = score(measure(llama, blocks)), llama.architecture
+    lost = lost_share(lost_curves(scores, whole), whole.replace(ffn=10, kv_heads=1, heads=1))
+    ffn_LF = scores["ffn"].square()
+    kept_L = ffn_LF.topk(10).values.sum(1)
+    assert lost["ffn"] == pytest.approx(float((1 - kept_L / ffn_LF.sum(1)).mean()), rel=1e-5)
+    groups = float((scores["kv_heads"].square().amax(1) / scores["kv_heads"].square().sum(1)).mean())
+    heads_LGA = scores["heads"].square().unflatten(1, (whole.kv_heads, -1))
+    inside = float((heads_LGA.amax(2) / heads_LGA.sum(2)).mean())
+    assert lost["heads"] == pytest.approx(1 - groups * inside, rel=1e-5)
 
 
 @pytest.fixture

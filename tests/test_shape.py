@@ -24,7 +24,7 @@ LAYERS = """
     measuring measure depth importance prune pieces vocabulary shared_tokens evaluate tasks
     weight_size masters teacher hidden on_policy step watch distill trackers
     budget space search latency side_by_side tournament formats pictures verdict report
-    console mistakes fields recipe sides rounds run claims positions goal comparison results sizes summary
+    console mistakes fields recipe sides rounds run claims positions goal comparison results choice sizes summary
     inspection written durations planning standalone pipeline cli __main__
 """
 ORDER = re.split(r"\s+", LAYERS.strip())

@@ -9,7 +9,7 @@ from conftest import SMALL, add_tokenizer, small_flags
 from test_pipeline import make_recipe
 from transformers import AutoTokenizer
 
-from prunus import pipeline, side_by_side
+from prunus import choice, side_by_side
 from prunus import tournament as module
 from prunus.documents import documents
 from prunus.errors import BadRecipe, Stopped
@@ -143,6 +143,35 @@ def test_standings_of_other_candidates_are_not_taken_up(llama, candidates, text,
     assert standings.keys() == fewer.keys()
 
 
+def test_a_tournament_trains_with_checkpointing_where_asked(llama, candidates, text, tmp_path, monkeypatch):
+    asked, distill = [], module.distill
+
+    def noted(*args, **kwargs):
+        asked.append(kwargs["gradient_checkpointing"])
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(module, "distill", noted)
+    options = {"tokens": 256, "settings": Settings(batch_tokens=128), "gradient_checkpointing": True}
+    tournament(llama, candidates, text.select(range(8, 64)), text.head(8), to=tmp_path / "rounds", **options)
+    assert asked
+    assert all(asked)
+
+
+def test_one_candidate_needs_no_tournament(invoke, whole_model, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "tournament", lambda *_, **__: pytest.fail("trained"))
+    flags = [*small_flags(corpus, tmp_path / "run"), "--set", "search.tokens=512", "--set", "search.candidates=1"]
+    result = invoke("search", str(whole_model), *flags)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_rounds_shorter_than_a_block_are_refused(invoke, whole_model, corpus, tmp_path):
+    flags = [*small_flags(corpus, tmp_path / "run"), "--set", "search.tokens=40", "--set", "search.candidates=4"]
+    result = invoke("search", str(whole_model), *flags)
+    assert result.exit_code == 2
+    assert "search.tokens: 40 leave 20 for the first of 2 rounds" in result.stderr
+    assert "give at least 64" in result.stderr
+
+
 def test_a_run_with_a_tournament(invoke, whole_model, corpus, tmp_path):
     flags = [*small_flags(corpus, tmp_path / "run"), "--set", "search.tokens=512"]
     result = invoke("search", str(whole_model), *flags)
@@ -202,5 +231,5 @@ def test_a_redo_that_is_killed_in_its_tournament_goes_on(whole_model, corpus, tm
         with pytest.raises(Stopped):
             made("run", **others)
     fresh = made("fresh", **others)
-    monkeypatch.setattr(pipeline, "prune", killed)  # its candidates are cut already
+    monkeypatch.setattr(choice, "prune", killed)  # its candidates are cut already
     assert made("run", **others) == fresh

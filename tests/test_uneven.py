@@ -1,5 +1,6 @@
 """Layers that lose attention alone: the same model at first, and what other programs find in the checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -58,6 +59,12 @@ def test_no_attention_stays_without_the_ffn_behind_it(teacher, scores, layers, t
     if layers > 1:  # a single branch is the first attention, which llama.cpp would drop
         assert not any(block["ffn"]["no_op"] for block in found)
     assert not found[0]["attention"]["no_op"]
+
+
+def test_nor_the_first_attention_without_its_ffn_though_both_score_low(teacher, scores):
+    low_L = torch.tensor([0.1, 0.05, 0.5, 0.6, 0.4, 0.7, 0.3, 0.8])
+    order = ranked_layers(dataclasses.replace(scores, axes={**scores.axes, "layers": low_L}), teacher.architecture)
+    assert order == [0, 1, 7, 5, 3, 2, 4, 6]
 
 
 def test_the_order_of_branches_is_theirs_by_score_but_for_that(teacher, scores):

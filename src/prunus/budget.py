@@ -184,6 +184,7 @@ def parse_budget(
     ranking: Sequence[int] | None = None,
     context: int = CONTEXT,
     rates: Mapping[str, float] | None = None,
+    more: bool = False,
     **limits: str | None,
 ) -> Budget:
     """A budget from `params="0.7x"`, `params="95M"`, `memory="180MB"` and so on; see `LIMITS`.
@@ -194,6 +195,7 @@ def parse_budget(
         ranking: layers in the order in which they stay (see `cost.shapes`).
         context: tokens of the KV cache.
         rates: see `Costs`; a limit of latency needs them.
+        more: there are limits beside these, so the model may keep all of these already.
         limits: those that are None do not count.
     Raises:
         BadRecipe: none at all, not a quantity, more than the whole has, or none that the model does not keep already.
@@ -208,7 +210,7 @@ def parse_budget(
         others = costs_of(whole, context=context, rates=rates)
         theirs = {kind: LIMITS[kind].of(others, whole.architecture) for kind in given}
     found = tuple(_limit(kind, text, theirs[kind]) for kind, text in given.items())
-    if all(limit.target > mine[limit.kind] for limit in found):  # one of several may hold already
+    if not more and all(limit.target > mine[limit.kind] for limit in found):  # one of several may hold already
         held = ", ".join(f"{limit} is {limit.target:,}, and it has {mine[limit.kind]:,}" for limit in found)
         raise BadRecipe(f"{model.name} keeps its budget already ({held}); pruning only removes")
     return Budget(costs, found)

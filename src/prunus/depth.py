@@ -24,6 +24,7 @@ from prunus.errors import BadRecipe
 from prunus.head import Head, head_of
 from prunus.layerwise import TokenBlocks
 from prunus.measure import BATCH_BLOCKS, Statistics
+from prunus.measuring import blocks_at_once
 from prunus.source import Source, opened
 
 ABOVE = 1.0001
@@ -52,8 +53,9 @@ def leave_one_out(
 ) -> tuple[float, Tensor]:
     """Loss of the teacher, and with each layer removed.
 
-    Layer-major: the variants "without layer j", j ≤ i, go through layer i together with the whole model, so weights
-    are read once and the shared prefix is computed once: L²/2 layer passes instead of L².
+    The variants "without layer j", j ≤ i, go through layer i together with the whole model, so that the shared prefix
+    is computed once: L²/2 layer passes instead of L². A few blocks at a time; where layers come from the disk, as many
+    as fit, because each time all of them are read.
 
     Args:
         without: layers that are gone already.
@@ -65,31 +67,34 @@ def leave_one_out(
     source, count, damage = source or opened(teacher), teacher.architecture.layers, damage or _loss
     here = [layer for layer in range(count) if layer not in without and (only is None or layer in only)]
     total, counted = torch.zeros(len(here) + 1, dtype=torch.float64), 0
-    with source.outer():
-        whole = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS)
-    variants: list[list[Tensor]] = [[] for _ in whole]
-    for number, layer in enumerate(source.layers()):
-        if number in without:
-            continue
-        for batch, streams in zip(whole, variants, strict=True):
-            inputs = batch.layer_inputs[number]
-            streams[:] = [layerwise.run_layer(layer, stream, inputs) for stream in streams]
-            if number in here:
-                streams.append(batch.stream_BSH)
-            batch.stream_BSH = layerwise.run_layer(layer, batch.stream_BSH, inputs)
-        progress(number + 1, count)
-    family, model = teacher.family, source.model
-    with source.filled(family.final_norm) as norm, source.filled(family.head):
-        for place, (batch, streams) in enumerate(zip(whole, variants, strict=True)):
-            start = place * BATCH_BLOCKS
-            indices = list(range(start, start + len(batch.stream_BSH)))
-            tokens_BS, positions_BS = (part.to(batch.stream_BSH.device) for part in blocks.batch(indices))
-            targets_BS = positions_BS[:, 1:] == positions_BS[:, :-1] + 1
-            counted += int(targets_BS.sum())
-            whole_NH, labels_N = norm(batch.stream_BSH)[:, :-1][targets_BS], tokens_BS[:, 1:][targets_BS]
-            for variant, stream in enumerate([*streams, batch.stream_BSH]):
-                hidden_NH = norm(stream)[:, :-1][targets_BS]
-                total[variant] += _summed(damage, head_of(model), hidden_NH, whole_NH, labels_N)
+    size = blocks.batch([0])[0].shape[1]
+    group = BATCH_BLOCKS if source.whole else blocks_at_once(teacher, streams=len(here) + 2, block_size=size)
+    starts = range(0, len(blocks), group)
+    for turn, start in enumerate(starts):
+        places = range(start, min(start + group, len(blocks)))
+        with source.outer():
+            whole = layerwise.enter_all(source.model, blocks, batch_blocks=BATCH_BLOCKS, places=places)
+        variants: list[list[Tensor]] = [[] for _ in whole]
+        for number, layer in enumerate(source.layers()):
+            if number in without:
+                continue
+            for batch, streams in zip(whole, variants, strict=True):
+                inputs = batch.layer_inputs[number]
+                streams[:] = [layerwise.run_layer(layer, stream, inputs) for stream in streams]
+                if number in here:
+                    streams.append(batch.stream_BSH)
+                batch.stream_BSH = layerwise.run_layer(layer, batch.stream_BSH, inputs)
+            progress((turn * count + number + 1) // len(starts), count)
+        with source.filled(teacher.family.final_norm) as norm, source.filled(teacher.family.head):
+            for batch, streams in zip(whole, variants, strict=True):
+                indices, places = list(places[: len(batch.stream_BSH)]), places[len(batch.stream_BSH) :]
+                tokens_BS, positions_BS = (part.to(batch.stream_BSH.device) for part in blocks.batch(indices))
+                targets_BS = positions_BS[:, 1:] == positions_BS[:, :-1] + 1
+                counted += int(targets_BS.sum())
+                whole_NH, labels_N = norm(batch.stream_BSH)[:, :-1][targets_BS], tokens_BS[:, 1:][targets_BS]
+                for variant, stream in enumerate([*streams, batch.stream_BSH]):
+                    hidden_NH = norm(stream)[:, :-1][targets_BS]
+                    total[variant] += _summed(damage, head_of(source.model), hidden_NH, whole_NH, labels_N)
     losses = total / counted
     losses_L = torch.full((count,), math.nan)
     losses_L[here] = losses[:-1].float()

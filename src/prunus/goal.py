@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prunus import architecture, parallel, side_by_side, tasks, trackers
+from prunus import architecture, parallel, side_by_side, tasks, tournament, trackers
 from prunus.budget import LIMITS, parse_budget, parse_share
 from prunus.errors import BadRecipe
 from prunus.evaluate import check_prompts
@@ -43,9 +43,24 @@ def check_goal(run: Run) -> None:
     else:
         counted = {**recipe.limits, "latency": None}  # what a token takes is measured in the search
         if any(counted[kind] for kind in LIMITS):
-            budget = parse_budget(model, whole=run.teacher, **counted)
+            budget = parse_budget(model, whole=run.teacher, more=recipe.latency is not None, **counted)
             legal_architectures(model.family, model.architecture, budget, **recipe.search.space())
+        _check_tournament(run)
     _check_training(run)
+
+
+def _check_tournament(run: Run) -> None:
+    """Each of its rounds goes on with the text, so the first must have some of its own."""
+    recipe = run.recipe
+    if recipe.search.tokens is None or recipe.search.candidates < 2:
+        return
+    plan = tournament.rounds(recipe.search.candidates, recipe.search.tokens)
+    if plan[0][1] < recipe.data.block_size:
+        least = recipe.data.block_size * 2 ** (len(plan) - 1)
+        raise BadRecipe(
+            f"search.tokens: {recipe.search.tokens:,} leave {plan[0][1]:,} for the first of {len(plan)} rounds, less "
+            f"than a block ({recipe.data.block_size:,} tokens, data.block_size); give at least {least:,}"
+        )
 
 
 def _check_training(run: Run) -> None:

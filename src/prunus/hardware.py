@@ -8,6 +8,7 @@ import functools
 import gc
 import time
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 import psutil
@@ -17,6 +18,7 @@ from torch import Tensor
 from prunus import attention, faster, norms, rotary
 
 MATMUL_SIZE = 1024
+_sharers = ContextVar("sharers", default=1)
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -44,16 +46,26 @@ def fast_dtype(stored: torch.dtype) -> torch.dtype:
 
 
 def free_memory() -> int:
-    """Free bytes of the device, after what the allocators keep for nobody was given back."""
+    """Free bytes of the device, after what the allocators keep for nobody was given back; of `shared` memory a part."""
     gc.collect()
     if device().type == "cuda":
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
-        return free
+        return free // _sharers.get()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // _sharers.get()
+
+
+@contextlib.contextmanager
+def shared(processes: int) -> Iterator[None]:
+    """Inside, so many processes, each as large as this one, begin on this device at once."""
+    before = _sharers.set(processes)
+    try:
+        yield
+    finally:
+        _sharers.reset(before)
 
 
 @functools.cache

@@ -75,7 +75,8 @@ def preactivation(stats: Statistics, axis: str, aggregation: str) -> Tensor:
 
 def fisher(stats: Statistics, axis: str, aggregation: str) -> Tensor:
     """[L, C]: root of the damage that the Fisher information foretells if a neuron, head or group were not there,
-    √(½ E[(g·W x)²]), gradients g and what it writes W x taken as independent.
+    √(½ E[(g·W x)²]), gradients g and what it writes W x taken as independent. Where no gradients were measured, as if
+    the loss minded all that is written alike: √E[‖W x‖²].
 
     Source: the Fisher information as in Theis et al., arXiv:1801.05787, factored as in K-FAC, arXiv:1503.05671.
     """
@@ -217,6 +218,7 @@ NEURONS: Mapping[str, Score] = {
     "magnitude": magnitude,
     "random": random,
 }
+OF_GRADIENTS = ("tempered_fisher", "fisher")
 LATENT: Mapping[str, Score] = {"energy": energy, "magnitude": magnitude, "random": random}
 
 TABLE: Mapping[str, Mapping[str, Score]] = {
@@ -296,6 +298,8 @@ def score(stats: Statistics, **functions: str) -> Scores:
         if axis == "layers" or f"weight/{axis}" in stats.sums
     }
     used = {axis: name for axis, name in chosen.items() if axis in axes or axis == "aggregation"}
+    if stats.provenance.get("gradients") == "none":
+        used = {axis: name + ", without gradients" * (name in OF_GRADIENTS) for axis, name in used.items()}
     provenance = dict(stats.provenance) | {f"score/{axis}": name for axis, name in used.items()}
     energies = {site: total / stats.num_tokens for site, total in stats.energies.items()}
     return Scores(axes, energies, provenance)

@@ -116,10 +116,13 @@ def enter(model: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor) -> Ba
     return Batch(stream_BSH, [recorder.inputs for recorder in recorders])
 
 
-def enter_all(model: PreTrainedModel, blocks: TokenBlocks, *, batch_blocks: int) -> list[Batch]:
+def enter_all(
+    model: PreTrainedModel, blocks: TokenBlocks, *, batch_blocks: int, places: range | None = None
+) -> list[Batch]:
+    """`enter` with the blocks of these places (default: all), so many at a time."""
     device = next(body_of(model).parameters()).device
-    starts = range(0, len(blocks), batch_blocks)
-    batches = (blocks.batch(list(range(start, min(start + batch_blocks, len(blocks))))) for start in starts)
+    places = range(len(blocks)) if places is None else places
+    batches = (blocks.batch(list(places[at : at + batch_blocks])) for at in range(0, len(places), batch_blocks))
     return [enter(model, tokens.to(device), positions.to(device)) for tokens, positions in batches]
 
 

@@ -53,7 +53,7 @@ class Statistics:
             Of the weights, squared norms "weight/" and the axis: [L, C], [H] for hidden, [L, E, F] for expert_ffn; and
             "write/expert_ffn" of the columns that write.
         num_blocks, num_tokens: of the text.
-        provenance: teacher, text.
+        provenance: teacher, text, and whether gradients are known.
 
     Where layers are of several kinds, a layer that lacks what is summed has zeros.
     """
@@ -115,7 +115,7 @@ def measure(
         for batch in batches:
             final_energy += _energy(batch.stream_BSH, centred=family.centred)
             final.add(norm(batch.stream_BSH))
-    return _collect(teacher, blocks, passes, final, final_energy)
+    return _collect(teacher, blocks, passes, final, final_energy, blind=sketches is None)
 
 
 def _collect(
@@ -124,6 +124,8 @@ def _collect(
     passes: list[_LayerPass],
     final: _Reducer,
     final_energy: Tensor,
+    *,
+    blind: bool,
 ) -> Statistics:
     family, tokens = teacher.family, passes[0].num_tokens
     norms = {branch.norm for branch in family.branches}
@@ -143,6 +145,7 @@ def _collect(
             "text": getattr(blocks, "fingerprint", ""),
             "tokens": str(tokens),
             "blocks": str(len(blocks)),
+            "gradients": "none" if blind else "of the loss",
         },
     )
 

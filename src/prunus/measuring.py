@@ -55,6 +55,13 @@ def measuring(
     return {"teacher": weights, **sketches, **larger}
 
 
+def blocks_at_once(teacher: Checkpoint, *, streams: int, block_size: int) -> int:
+    """Of how many blocks so many residual streams fit beside a layer that came from the disk; one at least."""
+    one = measuring(teacher, blocks=1, block_size=block_size, gradients=False, streamed=True)
+    of_a_block = one.pop("streams") * streams
+    return max(1, (memory.room(None) - sum(one.values())) // of_a_block)
+
+
 def check_measuring(
     teacher: Checkpoint,
     *,

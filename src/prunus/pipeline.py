@@ -12,21 +12,18 @@ from pathlib import Path
 from torch import Tensor
 
 from prunus import (
-    architecture,
     console,
     cost,
     depth,
     hidden,
     importance,
-    latency,
     parallel,
     results,
     sizes,
     tasks,
     text,
 )
-from prunus.budget import parse_budget
-from prunus.checkpoint import Checkpoint, load
+from prunus.choice import choose
 from prunus.claims import claim, claim_family
 from prunus.comparison import compare
 from prunus.distill import Progress, distill
@@ -38,16 +35,14 @@ from prunus.measure import measure, save_statistics
 from prunus.prune import prune
 from prunus.recipe import STAGES, Recipe
 from prunus.report import before_training, model_card, write_report
-from prunus.run import BASELINE, LARGER, TEACHER_CACHE, TEXT, TOURNAMENT, Run, check_folder, open_run, write_json
+from prunus.run import BASELINE, LARGER, TEACHER_CACHE, TEXT, Run, check_folder, open_run, write_json
 from prunus.schedule import Settings
 from prunus.scores import save_scores
-from prunus.search import Candidate, Search, Standing, search
 from prunus.selection import ranked_layers
 from prunus.shared_tokens import check_ids
 from prunus.sides import sides
 from prunus.source import Source, opened
 from prunus.teacher import Cache, describe, differences, open_cache, write_cache
-from prunus.tournament import tournament
 from prunus.trackers import Track, tracked
 
 
@@ -209,83 +204,6 @@ def _score(run: Run) -> None:
     save_scores(importance.score(run.statistics, **run.recipe.score.model_dump(exclude_none=True)), run.path("score"))
 
 
-def _search(run: Run) -> None:
-    """Find the architecture, unless the recipe names it."""
-    recipe = run.recipe
-    if recipe.arch is not None:
-        named = architecture.parse(recipe.arch, run.parent.architecture)
-        write_json(run.path("search"), results.explicit(run.parent, named, run.scores))
-        return
-    ranking = ranked_layers(run.scores, run.parent.architecture)
-    rates = _rates(run) if recipe.latency else None
-    budget = parse_budget(run.parent, whole=run.teacher, ranking=ranking, rates=rates, **recipe.limits)
-    with console.bar("probes and candidates", unit="models") as step:
-        found: Search = search(
-            run.parent,
-            run.scores,
-            budget,
-            calibration=run.calibration,
-            heldout=run.validation,
-            candidates=recipe.search.candidates,
-            probe_blocks=max(1, recipe.search.probe_tokens // recipe.data.block_size),
-            **recipe.search.space(),
-            repair=recipe.prune.repair,
-            norm_correction=recipe.prune.norm_correction,
-            head_residuals=recipe.prune.head_residuals,
-            damping=recipe.prune.damping,
-            progress=step,
-        )
-    if recipe.search.tokens:
-        found = found.ordered(_tournament(run, found))
-    if recipe.latency:
-        best, portable = found.best.architecture, recipe.search.portable
-        found = found.with_best(latency.tuned(run.parent, run.scores, budget, best, portable=portable), budget)
-    write_json(run.path("search"), results.searched(found, run.parent, budget))
-    shutil.rmtree(run.root / TOURNAMENT, ignore_errors=True)
-
-
-def _tournament(run: Run, found: Search) -> dict[int, Standing]:
-    """Train the measured candidates a little. Number of each → how it did, best first."""
-    recipe, folder = run.recipe, run.root / TOURNAMENT
-    numbers = {str(each.architecture): number for number, each in enumerate(found.candidates) if each.measured}
-    students = {name: _candidate(run, found.candidates[number], folder / name) for name, number in numbers.items()}
-    with console.bar("tournament", unit="tokens") as step:
-        standings = tournament(
-            run.teacher,
-            students,
-            run.train,
-            run.validation,
-            to=folder / "rounds",
-            tokens=recipe.search.tokens or 0,
-            settings=Settings(**recipe.distill.hyperparameters()),
-            workers=recipe.search.workers,
-            progress=step,
-        )
-    return {numbers[name]: standing for name, standing in standings.items()}
-
-
-def _candidate(run: Run, candidate: Candidate, to: Path) -> Checkpoint:
-    """Cut and repaired, or as an earlier, killed run left it."""
-    if to.is_dir():
-        return load(to)
-    options = run.recipe.prune
-    return prune(
-        run.parent,
-        run.scores,
-        candidate.architecture,
-        to=to,
-        calibration=run.calibration if options.repair else None,
-        norm_correction=options.norm_correction,
-        head_residuals=options.head_residuals,
-        damping=options.damping,
-    )
-
-
-def _rates(run: Run) -> dict[str, float]:
-    with console.bar("timing", unit="models") as step:
-        return latency.measured_rates(run.parent, run.scores, progress=step)
-
-
 def _prune(run: Run) -> None:
     """Cut, repair, write, compare."""
     options, target = run.recipe.prune, results.chosen(run.candidates, run.parent)
@@ -299,10 +217,8 @@ def _prune(run: Run) -> None:
             target,
             to=run.path("prune"),
             calibration=run.repair_text if options.repair else None,
-            norm_correction=options.norm_correction,
-            head_residuals=options.head_residuals,
-            damping=options.damping,
             progress=step,
+            **options.manner(),
         )
 
 
@@ -388,7 +304,7 @@ RUN_STAGE: dict[str, Callable[[Run], None]] = {
     "text": _text,
     "measure": _measure,
     "score": _score,
-    "search": _search,
+    "search": choose,
     "prune": _prune,
     "evaluate": _evaluate,
     "report": _report,

@@ -57,7 +57,7 @@ def cut(
         norm_correction: scale norm weights for the channels that left (`repair.norm_scale`).
         head_residuals: fold dropped query heads into kept ones (`repair.head_residuals`).
     Raises:
-        BudgetUnreachable: the architecture is illegal for this family, or not smaller; says why.
+        BudgetUnreachable: the architecture is illegal for this family; says why.
     """
     family, source = teacher.family, teacher.architecture
     check_legal(family, source, target)

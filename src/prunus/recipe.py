@@ -162,6 +162,14 @@ class Prune(Section):
     head_residuals: bool = False
     damping: float = Field(DAMPING, gt=0, description="ridge of the repair, as a share of the mean diagonal")
 
+    def manner(self) -> dict[str, Any]:
+        """Arguments of `prunus.prune.prune`."""
+        return {
+            "norm_correction": self.norm_correction,
+            "head_residuals": self.head_residuals,
+            "damping": self.damping,
+        }
+
 
 class Distill(Section):
     """The training. See `prunus.schedule.Settings`."""

@@ -48,6 +48,8 @@ LARGER = "0-larger"
 BASELINE = "4-baseline"
 TEACHER_CACHE = "4-teacher-cache"
 TOURNAMENT = ".tournament"
+RATES = "rates.json"
+"""In its folder: what was timed for a limit of latency."""
 ASIDE = ".aside"
 """What a changed recipe made stale, until a stage is done again; and the recipe that it was made with."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prunus import hardware, memory
@@ -94,28 +95,39 @@ class Search:
         return replace(self, candidates=[*first, *rest])
 
     def with_best(self, architecture: Architecture, budget: Budget) -> Search:
-        """Another architecture ahead of the candidates, of which nothing was predicted."""
-        if architecture == self.best.architecture:
-            return self
-        first = Candidate(architecture, budget.parameters(architecture), math.nan)
-        return replace(self, candidates=[first, *self.candidates])
+        """An architecture ahead of the others; if it is none of the candidates, nothing was predicted of it."""
+        unknown = Candidate(architecture, budget.parameters(architecture), math.nan)
+        first = next((each for each in self.candidates if each.architecture == architecture), unknown)
+        return replace(self, candidates=[first, *(each for each in self.candidates if each is not first)])
 
 
-def lost_share(scores: Scores, teacher: Architecture, architecture: Architecture) -> dict[str, float]:
-    """Share of each axis' score energy (Σ s²) that the best selection of this size cuts away, in [0, 1].
+def lost_curves(scores: Scores, teacher: Architecture) -> dict[str, list[float]]:
+    """Axis → by how many parts stay, 0 to all, the share of the axis' score energy (Σ s²) that the best selection of
+    them cuts away, in [0, 1]. Of heads: by how many stay in each group.
+    """
+    squares = {axis: _ranked(scores[axis]).square() for axis in _plain_axes(teacher)}
+    # A layer's influence is already a damage, and the sum of what is removed is what counts.
+    squares["layers"] = scores["layers"].clamp_min(0)[None]
+    # The score of a hidden channel is a sum of shares.
+    squares["hidden"] = scores["hidden"][None]
+    if "heads" in scores.axes:
+        squares["kv_heads"] = _ranked(scores["kv_heads"]).square()
+        squares["heads"] = _ranked(scores["heads"].unflatten(-1, (teacher.kv_heads, -1))).square()
+    return {axis: _lowest(values) for axis, values in squares.items()}
+
+
+def lost_share(curves: Mapping[str, list[float]], architecture: Architecture) -> dict[str, float]:
+    """Axis → what it loses, in [0, 1].
 
     Heads are ranked within their groups, so the axis "heads" covers both heads and groups.
+
+    Args:
+        curves: see `lost_curves`.
     """
-    shares = {axis: _tail(scores[axis], architecture[axis]) for axis in _plain_axes(teacher)}
-    # A layer's influence is already a damage, and the sum of what is removed is what counts.
-    shares["layers"] = float(_lowest(scores["layers"].clamp_min(0)[None], architecture.layers))
-    # The score of a hidden channel is a sum of shares.
-    shares["hidden"] = float(_lowest(scores["hidden"][None], architecture.hidden))
-    if "heads" in scores.axes:
-        groups = _tail(scores["kv_heads"], architecture.kv_heads)
-        inside = _tail(
-            scores["heads"].unflatten(-1, (teacher.kv_heads, -1)), architecture.heads // architecture.kv_heads
-        )
+    shares = {axis: curve[architecture[axis]] for axis, curve in curves.items() if axis not in ("heads", "kv_heads")}
+    if "heads" in curves:
+        groups = curves["kv_heads"][architecture.kv_heads]
+        inside = curves["heads"][architecture.heads // architecture.kv_heads]
         shares["heads"] = 1 - (1 - groups) * (1 - inside)
     return shares
 
@@ -130,17 +142,17 @@ def _plain_axes(teacher: Architecture) -> list[str]:
     return [axis for axis in teacher.axes() if axis not in ("layers", "hidden", "heads", "kv_heads", "top_k")]
 
 
-def _tail(scores: Tensor, keep: int) -> float:
-    """Of scores whose last dimension is ranked; layers that have no such part have zeros."""
+def _ranked(scores: Tensor) -> Tensor:
+    """[rows, C] of scores whose last dimension is ranked, without those of layers that have no such part: zeros."""
     rows = scores.flatten(0, -2)
-    return float(_lowest(rows[rows.abs().amax(1) > 0].square(), keep))
+    return rows[rows.abs().amax(1) > 0]
 
 
-def _lowest(values_RC: Tensor, keep: int) -> Tensor:
-    """Mean over rows of the share that the values below the `keep` highest hold."""
-    ascending = values_RC.sort(dim=1).values
-    gone = ascending[:, : values_RC.shape[1] - keep].sum(1)
-    return (gone / ascending.sum(1).clamp_min(1e-30)).mean().nan_to_num()
+def _lowest(values_RC: Tensor) -> list[float]:
+    """By how many of the highest stay, 0 to C: mean over rows of the share that the others hold."""
+    gone = F.pad(values_RC.double().sort(dim=1).values.cumsum(1), (1, 0))  # by how many leave
+    curve: list[float] = (gone / gone[:, -1:].clamp_min(1e-30)).mean(0).nan_to_num().flip(0).tolist()
+    return curve
 
 
 def probe_architectures(family: Family, teacher: Architecture, budget: Budget) -> dict[str, Architecture]:
@@ -193,6 +205,7 @@ def search(
     note = None
     if gap > tolerance:
         note = f"no legal architecture lies within {tolerance:.0%} of {budget}; the nearest misses it by {gap:.1%}"
+    curves = lost_curves(scores, source)
     slopes = dict.fromkeys(probed_axes(source), 1.0)
     measurer = None
     if calibration is not None and heldout is not None and len(found) > 1 and candidates > 0:
@@ -208,10 +221,10 @@ def search(
         )
         losses = {probe: measurer(probe).loss for probe in dict.fromkeys(probes.values())}
         slopes |= {
-            axis: _slope(losses[probe] - measurer.base.loss, lost_share(scores, source, probe))
+            axis: _slope(losses[probe] - measurer.base.loss, lost_share(curves, probe))
             for axis, probe in probes.items()
         }
-    predicted = [Candidate(a, budget.parameters(a), _damage(scores, source, a, slopes)) for a in found]
+    predicted = [Candidate(a, budget.parameters(a), _damage(lost_share(curves, a), slopes)) for a in found]
     predicted.sort(key=lambda candidate: candidate.predicted_damage)
     if measurer is None:
         return Search(predicted[:100], slopes, len(found), note)
@@ -267,8 +280,8 @@ def _slope(damage: float, lost: Mapping[str, float]) -> float:
     return max(damage, 1e-3) / max(sum(lost.values()), 1e-6)
 
 
-def _damage(scores: Scores, teacher: Architecture, target: Architecture, slopes: Mapping[str, float]) -> float:
-    return sum(slopes[axis] * share for axis, share in lost_share(scores, teacher, target).items())
+def _damage(lost: Mapping[str, float], slopes: Mapping[str, float]) -> float:
+    return sum(slopes[axis] * share for axis, share in lost.items())
 
 
 def _diverse(ranked: list[Candidate], count: int) -> list[Candidate]:
@@ -279,7 +292,7 @@ def _diverse(ranked: list[Candidate], count: int) -> list[Candidate]:
             break
         if all(_differs(candidate.architecture, other.architecture) for other in chosen):
             chosen.append(candidate)
-    return chosen or ranked[:count]
+    return chosen
 
 
 def _differs(a: Architecture, b: Architecture) -> bool:

@@ -93,12 +93,12 @@ def ranked_layers(scores: Scores, teacher: Architecture) -> list[int]:
     if LAYER_PERIOD in teacher:
         return _ranked_runs(scores["layers"], teacher[LAYER_PERIOD])
     attends = (scores["heads"] != 0).any(1) if "heads" in scores.axes else None
-    ranks = scores["layers"].clone()
+    ranks, first_ones = scores["layers"].clone(), teacher.get(FIRST_LAYERS, 0)
+    ranks[:first_ones] = math.inf
     if FOLDED in teacher and attends is not None:  # an FFN is no less than the attention that it stands behind
         more = torch.nextafter(ranks, torch.tensor(math.inf))
         ranks[1:] = torch.where(attends[:-1] & ~attends[1:], torch.maximum(ranks[1:], more[:-1]), ranks[1:])
     order: list[int] = torch.argsort(ranks, descending=True, stable=True).tolist()
-    order.sort(key=lambda layer: layer >= teacher.get(FIRST_LAYERS, 0))
     if attends is not None:
         first = next((layer for layer in order if attends[layer]), order[0])
         if not attends.all():

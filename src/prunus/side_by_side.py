@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
+from prunus import hardware
 from prunus.errors import BadRecipe
 
 Task = TypeVar("Task")
@@ -33,16 +35,42 @@ def each(work: Callable[[Task], Result], tasks: Mapping[str, Task], *, workers: 
         alone = {"env_vars": {"WORLD_SIZE": "1"}}  # a worker is none of torchrun's ranks, though the first starts it
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=alone)
     try:
-        have = ray.cluster_resources()
-        cores, gpus = max(1, int(have.get("CPU", 1)) // workers), min(1, have.get("GPU", 0) / workers)
-        remote = ray.remote(num_cpus=cores, num_gpus=gpus)(work)
-        waiting = {remote.remote(task): name for name, task in tasks.items()}
-        while waiting:
-            (ready,), _ = ray.wait(list(waiting), num_returns=1)
-            yield waiting.pop(ready), ray.get(ready)
+        part = share([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
+
+        def sharing(task: Task) -> Result:
+            with hardware.shared(part.sharers):
+                return work(task)
+
+        remote, queue = ray.remote(num_cpus=part.cores, num_gpus=part.gpus)(sharing), iter(tasks.items())
+        under_way = {remote.remote(task): name for name, task in itertools.islice(queue, workers)}
+        while under_way:
+            (ready,), _ = ray.wait(list(under_way), num_returns=1)
+            yield under_way.pop(ready), ray.get(ready)
+            under_way |= {remote.remote(task): name for name, task in itertools.islice(queue, 1)}
     finally:
         if mine:
             ray.shutdown()
+
+
+class Share(NamedTuple):
+    """What a worker gets.
+
+    Attributes:
+        cores, gpus: of one node, since a task cannot be spread.
+        sharers: workers that may share its memory, on one GPU or on one node.
+    """
+
+    cores: int
+    gpus: float
+    sharers: int
+
+
+def share(nodes: Sequence[Mapping[str, float]], workers: int) -> Share:
+    """Equal parts of a cluster, of whose nodes we know CPU and GPU, none more than its smallest node has."""
+    cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    cores = max(1, min(sum(cpus) // workers, *filter(None, cpus)))
+    part = min(1, sum(gpus) / workers)
+    return Share(cores, part, min(workers, int(1 / part) if part else max(cpus) // cores))
 
 
 def check(workers: int) -> None:

@@ -46,6 +46,7 @@ def tournament(
     to: Path,
     tokens: int,
     settings: Settings | None = None,
+    gradient_checkpointing: bool = False,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Standing]:
@@ -60,6 +61,7 @@ def tournament(
         tokens: that the finalists are trained on.
         settings: of the training, as far as samples of the teacher can teach: always forward KL on the text. The
             learning rate stays at its peak, because every round goes on with the next.
+        gradient_checkpointing: see `distill.distill`.
         workers: candidates that are trained side by side, on Ray.
         progress: called with the tokens trained on, of all candidates together, and in all.
     """
@@ -83,7 +85,10 @@ def tournament(
         if waiting:
             cache = to / f"{number + 1}-cache"
             write_cache(teacher, text, describe(teacher, text), to=cache)
-            lessons = {name: _Lesson(students[name], folders[name], cache, text, heldout, own) for name in waiting}
+            lessons = {
+                name: _Lesson(students[name], folders[name], cache, text, heldout, own, gradient_checkpointing)
+                for name in waiting
+            }
             for name, loss in side_by_side.each(_taught, lessons, workers=workers):
                 book.note(name, end, loss)
                 done += end - starts[number]
@@ -162,13 +167,21 @@ class _Lesson:
     text: Blocks
     heldout: Blocks
     settings: Settings
+    gradient_checkpointing: bool
 
 
 def _taught(lesson: _Lesson) -> float:
     """Loss on the held-out text after the lesson. A killed tournament may not have come to measure it."""
     if not lesson.to.is_dir():
         cache = open_cache(lesson.cache)
-        distill(load(lesson.student), cache, lesson.text, to=lesson.to, settings=lesson.settings)
+        distill(
+            load(lesson.student),
+            cache,
+            lesson.text,
+            to=lesson.to,
+            settings=lesson.settings,
+            gradient_checkpointing=lesson.gradient_checkpointing,
+        )
     return _loss(load(lesson.to), lesson.heldout)
 
 
