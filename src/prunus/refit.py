@@ -44,7 +44,8 @@ def repair_layers(
     Both models walk the text together. In each branch the projections that read the stream are fitted to the
     teacher's outputs from the student's own norm, then the projection that writes is fitted to what the teacher adds
     to the stream, and to part of what the student's stream lacks from earlier layers (`FEEDBACK`). Where layers were
-    dropped, the last write before the gap is fitted to the stream behind it.
+    dropped, the last write before the gap is fitted to the stream behind it. A write with a post-norm, which sets the
+    size of what is added, is fitted to what the teacher's own branch writes alone.
 
     Args:
         teacher: whole, or its layers one at a time.
