@@ -130,8 +130,7 @@ def _without(filler: str, family: Family, teacher: Architecture, grid: Options) 
     least, options = _least(filler, family, teacher), dict(grid)
     while math.prod(map(len, options.values())) > MOST_COMBINATIONS:
         longest = max(options, key=lambda axis: len(options[axis]))
-        *others, smallest = options[longest]
-        options[longest] = [*others[::2], smallest]
+        options[longest] = options[longest][::2]
     for sizes in itertools.product(*options.values()):
         base = _sized(teacher, {**dict(zip(options, sizes, strict=True)), filler: least})
         if not illegal_cut(family, teacher, base):
