@@ -504,6 +504,29 @@ def test_an_output_that_is_a_file(whole_model, refused, tmp_path):
     assert "run is a file; give a folder" in refused(whole_model)
 
 
+@pytest.mark.parametrize("command", ["compress", "evaluate", "distill", "vocabulary"])
+def test_the_home_of_nobody(invoke, whole_model, tmp_path, command):
+    nobody, to = "~nobody-at-all/text.jsonl", ["--to", str(tmp_path / "out")]
+    flags = {
+        "compress": ["--params", "0.7x", "--set", "data.block_size=32", *to],
+        "evaluate": [],
+        "distill": ["--teacher", str(whole_model), *to],
+        "vocabulary": ["--size", "60", *to],
+    }
+    result = invoke(command, str(whole_model), "--data", nobody, *flags[command])
+    assert result.exit_code == 2
+    assert f"{nobody}: no such file or folder" in only_message(result)
+    assert not (tmp_path / "out").exists()
+    assert "no such file or folder" in only_message(invoke("compress", "~nobody-at-all/model", *flags["compress"]))
+
+
+def test_a_task_that_is_not_known_is_refused_before_anything_is_measured(invoke, whole_model, corpus, monkeypatch):
+    pytest.importorskip("lm_eval", reason="tasks are run by lm-eval")
+    monkeypatch.setattr("prunus.standalone.quality", lambda *_, **__: pytest.fail("measured"))
+    result = invoke("evaluate", str(whole_model), "--data", str(corpus), "--tasks", "arc_esay")
+    assert "knows no task 'arc_esay'" in only_message(result)
+
+
 def test_a_folder_in_use(invoke, started, tmp_path):
     with FileLock(tmp_path / "run" / ".lock"):
         assert "is in use by another prunus process" in stopped(invoke, started, tmp_path / "run")

@@ -1,5 +1,6 @@
 """The training loop: exactness, invariances, resuming."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -15,7 +16,7 @@ from conftest import add_tokenizer, tiny_model, weights_of
 from transformers import AutoTokenizer
 
 import prunus as pr
-from prunus import hidden, weight_size
+from prunus import hidden, watch, weight_size
 from prunus.checkpoint import save
 from prunus.distill import distill
 from prunus.documents import documents
@@ -318,6 +319,21 @@ def test_going_back_undoes_what_broke(setting, tmp_path, monkeypatch):
     record = json.loads((written.folder / "training.json").read_text())
     assert len(record["events"]) == 1
     assert record["steps"] == 20
+
+
+def test_a_stop_within_a_bad_streak_stores_nothing_broken(setting, tmp_path, monkeypatch):
+    """The next start goes on from what was stored before, and ends as an undisturbed training."""
+    settings = dataclasses.replace(FAST, tokens=1280)
+    undisturbed = trained(setting, tmp_path / "a", settings=settings, checkpoint_seconds=0)
+    with monkeypatch.context() as patched:
+        broken_at(patched, {5, 6})
+        stop = SimpleNamespace(is_set=lambda: len(seen) == 7)  # steps 5 and 6 are bad
+        seen: list[object] = []
+        patched.setattr(watch, "stop_signal", lambda: contextlib.nullcontext(stop))
+        with pytest.raises(Stopped):
+            trained(setting, tmp_path / "b", settings=settings, checkpoint_seconds=0, progress=seen.append)
+    again = trained(setting, tmp_path / "b", settings=settings, checkpoint_seconds=0)
+    assert all(torch.equal(again.tensor(name), undisturbed.tensor(name)) for name in undisturbed.stored)
 
 
 def test_buffers_keep_their_type(setting):

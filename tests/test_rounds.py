@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,25 @@ def test_each_size_is_cut_out_of_the_next_larger_one(several):
     assert small.distilled.parameters == pytest.approx(0.7 * small.teacher.parameters, rel=0.01)
     files = ("0-text/train/tokens.npy", "4-teacher-cache/manifest.json")
     assert all((small.root / file).samefile(large.root / file) for file in files)
+
+
+def test_a_stage_that_is_done_again_for_all_sizes_goes_on_after_a_kill(several, tmp_path, monkeypatch):
+    root = shutil.copytree(several.to, tmp_path / "runs", copy_function=os.link)
+    moved, trained, distill = several.model_copy(update={"to": str(root)}), [], pipeline.distill
+
+    def noted(*args, to, **options):
+        trained.append(to.parent.name)
+        if trained == ["0.9x", "0.7x"]:
+            raise Stopped("killed")
+        return distill(*args, to=to, **options)
+
+    monkeypatch.setattr(pipeline, "distill", noted)
+    with pytest.raises(Stopped):
+        compress(moved, redo=True, redo_stage="distill")
+    compress(moved, redo=True, redo_stage="distill")
+    assert trained == ["0.9x", "0.7x", "0.7x"]
+    compress(moved, redo=True, redo_stage="distill")
+    assert trained[3:] == ["0.9x", "0.7x"]
 
 
 @pytest.mark.slow

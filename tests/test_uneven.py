@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import add_tokenizer, small_flags, tiny_model
+from test_pipeline import make_recipe
 
 import prunus as pr
 from prunus.checkpoint import Checkpoint
 from prunus.errors import BudgetUnreachable, UnsupportedModel
 from prunus.importance import score
 from prunus.measure import measure
+from prunus.run import Run
 from prunus.selection import ranked_layers
 
 
@@ -117,6 +119,12 @@ def test_compress_makes_one_and_says_how_to_load_it(teacher, corpus, invoke, tmp
     assert sum(block["attention"]["no_op"] for block in block_configs(student)) == 1
     assert "trust_remote_code=True" in (student / "README.md").read_text()
     assert (student / "modeling_decilm.py").is_file()
+
+
+def test_what_a_run_starts_from_has_uneven_layers_too(teacher, corpus, tmp_path):
+    values = {"uneven": True, "start": str(teacher.folder), "params": "0.8x"}
+    run = Run(tmp_path / "run", make_recipe(teacher.folder, corpus, tmp_path / "run", **values))
+    assert run.first.architecture == run.teacher.architecture == teacher.architecture
 
 
 def test_types_without_uneven_layers_are_refused(invoke, corpus, tmp_path):

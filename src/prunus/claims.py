@@ -16,8 +16,21 @@ from prunus import recipe as recipes
 from prunus.budget import LIMITS
 from prunus.distill import training_state
 from prunus.errors import BadOutput, PrunusError
+from prunus.files import atomic_file
 from prunus.recipe import STAGES, Recipe
-from prunus.run import ASIDE, BASELINE, LARGER, OUTPUTS, TOURNAMENT, Run, is_run, write_json, write_recipe
+from prunus.run import (
+    ASIDE,
+    BASELINE,
+    LARGER,
+    OUTPUTS,
+    TOURNAMENT,
+    Run,
+    discard,
+    is_run,
+    read_json,
+    write_json,
+    write_recipe,
+)
 
 CUT_BY = ("prune.repair", "prune.norm_correction", "prune.head_residuals", "prune.damping")
 DEPENDS_ON = {
@@ -33,10 +46,21 @@ DEPENDS_ON = {
 """Recipe keys that each stage depends on, beside those of the stages before it."""
 BESIDE = {"text": (LARGER,), "search": (TOURNAMENT,), "distill": (BASELINE,)}
 """What else goes when a stage is done again."""
-RECORDS = (Path("recipe.yaml"), Path("run.json"))
+RECORDS = ("recipe.yaml", "run.json")
 """What says how the results of a run were made."""
+NOTES = "aside.json"
+"""In the folder of what was set aside: what that is, what there was of it, and the recipe of the larger student."""
 WITHOUT_EFFECT = {"distill": {"checkpoint_seconds", "gradient_checkpointing", "trackers"}, "search": {"workers"}}
 """Keys inside those that change no result."""
+
+
+def _with_states(outputs: Iterable[str]) -> list[Path]:
+    """Each with the state of its training, if it has one; relative to the run."""
+    return [path for name in outputs for path in (Path(name), training_state(Path(name)))]
+
+
+LONG = (Path(TOURNAMENT), *_with_states((*OUTPUTS["distill"], BASELINE)))
+"""What takes long to make: who has begun it anew wants it more than what was there before."""
 
 
 @contextlib.contextmanager
@@ -127,6 +151,8 @@ def _stale(run: Run, redo: bool, redo_stage: str | None) -> list[str]:
     again = redo_stage is not None and run.finished(redo_stage)
     first = min(stale_from, STAGES.index(redo_stage) if redo_stage and again else len(STAGES))
     outputs = [name for stage in STAGES[first:] for name in _outputs(stage)]
+    if run.rounds.count == 1 and LARGER not in outputs:
+        outputs.append(LARGER)  # of an earlier recipe
     trains = STAGES.index(run.recipe.stop_after) >= STAGES.index("distill")
     if run.recipe.baseline and trains and not (run.root / BASELINE).exists():
         outputs += [*OUTPUTS["evaluate"], *OUTPUTS["report"]]  # they lack the baseline, which is wanted now
@@ -171,53 +197,74 @@ def _value(recipe: dict[str, Any], key: str) -> object:
 def _set_aside(root: Path, outputs: list[str]) -> Iterator[None]:
     """Inside, these are gone. Where an error comes before anything was done again, they and their recipe come back: a
     mistake in a changed recipe takes no results away."""
-    stale = _with_states(outputs)
-    for path in (*stale, *RECORDS):
-        if (root / path).exists():
-            (root / ASIDE / path).parent.mkdir(parents=True, exist_ok=True)
-            move = shutil.copy if path in RECORDS else shutil.move
-            move(root / path, root / ASIDE / path)
     try:
+        _move_aside(root, _with_states(outputs))
         yield
     except BaseException:
-        _put_back(root, stale)
+        _put_back(root)
         raise
 
 
-def _put_back(root: Path, stale: list[Path]) -> None:
-    """What was set aside, unless something was done again since, if only in part: a training that has saved its state,
-    a tournament."""
+def _move_aside(root: Path, stale: list[Path]) -> None:
+    """A kill may come between any two moves, so what was there is noted first."""
+    aside, found = root / ASIDE, [str(path) for path in {*stale, *LONG} if (root / path).exists()]
+    aside.mkdir(exist_ok=True)
+    notes = {"stale": list(map(str, stale)), "found": found, "larger": _text_of(root / LARGER / "recipe.yaml")}
+    write_json(aside / NOTES, notes)
+    for record in RECORDS:
+        if (root / record).exists():
+            with atomic_file(aside / record) as partial:
+                shutil.copy(root / record, partial)
+    for path in stale:
+        if (root / path).exists():
+            shutil.move(root / path, aside / path)
+
+
+def _put_back(root: Path) -> None:
+    """What was set aside, unless something that takes long was done again since, if only in part."""
     aside = root / ASIDE
-    if not aside.is_dir():
-        return
-    begun = [Path(TOURNAMENT), *(training_state(Path(name)) for name in (*OUTPUTS["distill"], BASELINE))]
-    if not any((root / path).exists() for path in begun):
-        for path in stale:
-            _remove(root / path)
-        for path in (*stale, *RECORDS):
-            if (aside / path).exists():
-                shutil.move(aside / path, root / path)
-    shutil.rmtree(aside)
+    if (aside / NOTES).is_file():
+        notes = read_json(aside / NOTES)
+
+        def is_new(path: Path | str) -> bool:
+            return (root / path).exists() and ((aside / path).exists() or str(path) not in notes["found"])
+
+        if not any(map(is_new, LONG)) and not _begun_larger(root, notes["larger"]):
+            for path in notes["stale"]:
+                if is_new(path):
+                    _remove(root / path)
+                if (aside / path).exists():
+                    shutil.move(aside / path, root / path)
+            for path in RECORDS:
+                if (aside / path).exists():
+                    shutil.move(aside / path, root / path)
+    discard(aside)
 
 
 def _put_back_of_killed(root: Path) -> None:
     """The same for a process that was killed; a recipe that had made nothing stale stays."""
-    stages = [
-        stage for stage in STAGES if any((root / ASIDE / path).exists() for path in _with_states(_outputs(stage)))
-    ]
-    if stages:
-        later = STAGES[STAGES.index(stages[0]) :]
-        _put_back(root, [path for stage in later for path in _with_states(_outputs(stage))])
-    shutil.rmtree(root / ASIDE, ignore_errors=True)
+    if (root / LARGER).is_dir():
+        _put_back_of_killed(root / LARGER)  # which its own process would have done first
+    notes = root / ASIDE / NOTES
+    if notes.is_file() and set(read_json(notes)["stale"]) & set(read_json(notes)["found"]):
+        _put_back(root)
+    discard(root / ASIDE)
+
+
+def _begun_larger(root: Path, recipe_before: str | None) -> bool:
+    """Whether the larger student is not, or will not be, what it was with this recipe."""
+    larger = root / LARGER
+    if (root / ASIDE / LARGER).exists() or _text_of(larger / "recipe.yaml") == recipe_before:
+        return False
+    return recipe_before is not None or any((larger / path).exists() for path in LONG)
+
+
+def _text_of(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _outputs(stage: str) -> list[str]:
     return [*OUTPUTS[stage], *BESIDE.get(stage, ())]
-
-
-def _with_states(outputs: Iterable[str]) -> list[Path]:
-    """Each with the state of its training, if it has one; relative to the run."""
-    return [path for name in outputs for path in (Path(name), training_state(Path(name)))]
 
 
 def _remove(path: Path) -> None:

@@ -72,7 +72,7 @@ def _recipe(
     if file is not None and not file.is_file():
         raise BadRecipe(f"{file}: no such recipe")
     is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1  # else it may be a hub id
-    if is_path and not path.expanduser().exists():
+    if is_path and not os.path.exists(os.path.expanduser(source)):  # noqa: PTH110, PTH111 - ~name may be nobody's
         raise BadRecipe(f"{source}: no such file or folder: neither a run, a recipe nor a model. Check the path.")
     values = (defaults or {}) | ({"model": source} if file is None else recipe.read_yaml(file))
     values |= {"to": source} if is_run(path) else {}  # it may have been moved, or be a copy

@@ -113,7 +113,8 @@ def distill(
         compiled: pass the layers of both models through torch.compile.
     Raises:
         BadData: text shorter than a step, or a cache of something else. BadOutput: an unfinished run with other
-        settings lies beside `to`. TrainingDiverged: no finite loss at an eighth of the learning rate either. Stopped.
+        settings lies beside `to`. TrainingDiverged: no finite loss, before the first checkpoint or at an eighth of the
+        learning rate. Stopped.
     """
     to, settings = Path(to), settings or Settings()
     hardware.keep_freed_memory()
@@ -176,10 +177,11 @@ def distill(
                 store()
             stopping = parallel.together(stop.is_set())
             due = parallel.together(time.monotonic() - last_saved >= checkpoint_seconds)
-            # Within a bad streak there is nothing new to store, and nothing that going back to would undo.
-            if (stopping or (due and "skipped" not in point)) and len(state.curve) < schedule.steps:
-                store()
-                last_saved = time.monotonic()
+            if (stopping or due) and len(state.curve) < schedule.steps:
+                # Within a bad streak there is nothing new to store, and nothing that going back to would undo.
+                if "skipped" not in point:
+                    store()
+                    last_saved = time.monotonic()
                 if stopping:
                     saver.settle()
                     raise Stopped(f"stopped after step {len(state.curve)}; run the same command again to go on")

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ def documents(source: str, *, text_field: str | None = None, render: Render | No
         BadData: nothing there, nothing readable, not UTF-8, a broken line, or no column of text. Where the contents are
             at fault, it is raised while reading.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     texts: Iterable[str]
     if path.exists():
         texts = itertools.chain.from_iterable(_read(file, text_field, render) for file in _files(path))
@@ -70,6 +71,10 @@ def documents(source: str, *, text_field: str | None = None, render: Render | No
     else:
         raise BadData(f"{source}: no such file or folder. Check the path, or give a hub data set as owner/name.")
     return _not_blank(texts, source)
+
+
+def _path(source: str) -> Path:
+    return Path(os.path.expanduser(source))  # noqa: PTH111 - which leaves ~name of nobody as it is
 
 
 def is_held_out(document: str, *, share: float) -> bool:
@@ -116,7 +121,7 @@ def check_ends(source: str, tokens: int | None) -> None:
 
 
 def _is_on_hub(source: str) -> bool:
-    path = Path(source).expanduser()
+    path = _path(source)
     return not path.exists() and HUB_ID.fullmatch(source) is not None and _reader(path) is None
 
 

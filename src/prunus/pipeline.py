@@ -107,10 +107,14 @@ def _several(recipe: Recipe, redo: bool, redo_stage: str | None) -> Run:
     root, members, runs = check_folder(Path(recipe.to)), sizes.members(recipe), list[Run]()
     with contextlib.ExitStack() as stack:
         parallel.first_alone(lambda: stack.enter_context(claim_family(recipe, members[0])))
+        done = parallel.first_says(sizes.had_again(root, redo_stage))
         for member in members:
             console.heading(f"{member.params}:")
+            again = None if member.params in done else redo_stage
             try:
-                runs.append(compress(member, redo=redo, redo_stage=redo_stage, beside=runs[0].root if runs else None))
+                runs.append(compress(member, redo=redo, redo_stage=again, beside=runs[0].root if runs else None))
+                done = sorted({*done, str(member.params)})
+                parallel.first_alone(partial(sizes.note_again, root, redo_stage, done, of=len(members)))
             finally:
                 if parallel.world().first and not Run(Path(member.to), member).finished("report"):
                     sizes.forget_page(root)
@@ -123,7 +127,6 @@ def _make_larger(run: Run) -> None:
     """Where one cut would take too much: the student of the round before, a run of its own on the same text."""
     recipe, larger = run.larger, run.root / LARGER
     if recipe is None:
-        shutil.rmtree(larger, ignore_errors=True)  # of an earlier recipe
         return
     console.heading(f"a larger student first, of {int(recipe.params or 0):,} parameters:")
     compress(recipe, redo=True, beside=run.root)

@@ -69,7 +69,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> dict[str, Any]:
         raise BadRecipe("plan: the time depends on the amount of text; give --tokens")
     here = machine is None
     machine, teacher = machine or this_machine(), load(recipe.model, uneven=recipe.uneven)
-    first = teacher if recipe.start is None else load(recipe.start)
+    first = teacher if recipe.start is None else load(recipe.start, uneven=recipe.uneven)
     check_positions(recipe.data.block_size, first, teacher)
     found: list[Round] = []
     for each, tokens in _in_rounds(recipe, first, teacher):

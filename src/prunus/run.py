@@ -92,7 +92,7 @@ class Run:
         """What the first round cuts."""
         if self.recipe.start is None:
             return self.teacher
-        student = load(self.recipe.start)
+        student = load(self.recipe.start, uneven=self.recipe.uneven)
         verify_weights(student)
         check_same_tokens(student, self.teacher)
         return student
@@ -189,7 +189,7 @@ class Run:
 
     def settle(self) -> None:
         """What a changed recipe made stale goes for good: something newer is there."""
-        shutil.rmtree(self.root / ASIDE, ignore_errors=True)
+        discard(self.root / ASIDE)
 
     def require_space(self, num_bytes: float, what: str) -> None:
         """Raises BadOutput if the disk cannot take what is about to be written."""
@@ -199,6 +199,15 @@ class Run:
                 f"{self.root}: {what} needs {num_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free. "
                 "Free some space and run the same command again; finished stages are kept."
             )
+
+
+def discard(folder: Path) -> None:
+    """Remove it as a whole: what a kill leaves of it is not taken for the folder, and goes with other leftovers."""
+    doomed = folder.with_name(f"{folder.name}.partial")
+    if folder.is_dir():
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_json(file: Path, value: object) -> None:

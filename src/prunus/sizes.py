@@ -12,10 +12,12 @@ from prunus.budget import parse_budget
 from prunus.checkpoint import load
 from prunus.recipe import STAGES, Recipe
 from prunus.report import write_family
-from prunus.run import OUTPUTS, Run, write_json
+from prunus.run import OUTPUTS, Run, read_json, write_json
 from prunus.space import legal_architectures
 
 PAGE = "report.html"
+AGAIN = ".again.json"
+"""A stage that is done again for every size, and the sizes that had it, until all have."""
 
 
 def members(recipe: Recipe) -> list[Recipe]:
@@ -40,6 +42,24 @@ def members(recipe: Recipe) -> list[Recipe]:
     early = STAGES.index(recipe.stop_after) < STAGES.index("distill")
     others = [each.model_copy(update={"stop_after": "distill"}) if early else each for each in found[:-1]]
     return [*others, found[-1]]
+
+
+def had_again(root: Path, stage: str | None) -> list[str]:
+    """Sizes of which a killed command did this stage again already. What another command left of that is forgotten."""
+    file = root / AGAIN
+    found = read_json(file) if file.is_file() else {}
+    if found.get("stage") == stage:
+        return list(found.get("sizes", []))
+    file.unlink(missing_ok=True)
+    return []
+
+
+def note_again(root: Path, stage: str | None, sizes: Sequence[str], *, of: int) -> None:
+    """Args: `of` how many sizes there are."""
+    if stage is None or len(sizes) == of:
+        (root / AGAIN).unlink(missing_ok=True)
+    else:
+        write_json(root / AGAIN, {"stage": stage, "sizes": list(sizes)})
 
 
 def write_page(runs: Sequence[Run], root: Path) -> None:

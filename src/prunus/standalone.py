@@ -24,7 +24,7 @@ from prunus.evaluate import quality, speed
 from prunus.recipe import Distill, Evaluate, parse_section
 from prunus.schedule import Settings
 from prunus.shared_tokens import check_ids, check_padding, check_same_tokens
-from prunus.tasks import from_recipe, run_tasks
+from prunus.tasks import check_all, from_recipe, run_tasks
 from prunus.teacher import Cache, describe, open_cache, write_cache
 from prunus.text import Blocks, tokenise
 from prunus.trackers import check as check_trackers
@@ -194,6 +194,8 @@ def evaluate(
         raise BadRecipe("prompts: sample texts are part of a run's report; a model alone is only measured")
     if teacher is not None and data is None:
         raise BadRecipe("--teacher: models are compared on text; give some with --data")
+    tasks = [from_recipe(task) for task in options.tasks]
+    check_all(tasks)
     checkpoint, compared = _opened(model), _opened(teacher) if teacher else None
     if compared:
         check_same_tokens(checkpoint, compared)
@@ -209,7 +211,6 @@ def evaluate(
             result |= asdict(quality(module, blocks, teacher=reference, progress=step))
     if options.speed:
         result |= asdict(speed({"model": module})["model"])
-    tasks = [from_recipe(task) for task in options.tasks]
     scored = run_tasks(module, checkpoint.tokenizer(), tasks, limit=options.limit) if tasks else {}
     return result | {"tasks": scored}
 
