@@ -65,7 +65,7 @@ def bits_per_byte(model: Checkpoint, docs: list[str], folder: Path) -> float:
 
 
 def trained(model: Checkpoint, file: str, tokens: int, learning_rate: float, folder: Path) -> Checkpoint:
-    """On the text itself, the same documents for each model."""
+    """On as many tokens of the same text; a smaller vocabulary needs more of them for a document, and sees less."""
     docs = shuffled(documents(file), seed=0)
     blocks = pr.tokenise(
         docs, model.tokenizer(), block_size=BLOCK_SIZE, max_tokens=tokens, to=folder / "text", label="training"

@@ -138,6 +138,15 @@ def test_without_a_teacher_it_is_cross_entropy_on_the_text(setting, tmp_path):
     assert losses[1] < losses[0]
 
 
+def test_text_is_taken_as_it_is_whatever_a_teacher_would_be_asked(setting, tmp_path):
+    asked = dataclasses.replace(FAST, temperature=2.0, divergence="jsd")
+    plain, other = (
+        distill(setting[1], None, setting[2], to=tmp_path / name, settings=settings, dtype=torch.float32)
+        for name, settings in (("a", FAST), ("b", asked))
+    )
+    assert torch.equal(weights(plain), weights(other))
+
+
 def test_hidden_states_are_compared_where_the_cut_says(setting, tmp_path):
     """A student that lost a layer: with the loss its streams come closer to the teacher's than without."""
     teacher, _, text = setting

@@ -289,6 +289,6 @@ def test_a_large_hybrid_may_lose_layers_and_channels():
     whole = family.architecture(config)
     whole = whole.only(family.sizes(unit for units in layout.values() for unit in units))
     costs = Costs(family, cost.shapes(family, layout), 2)
-    limit = Limit("params", "0.9x", round(0.9 * costs.parameters(whole)))
+    limit = Limit("params", "0.9x", round(0.9 * costs.parameters(whole)), costs.parameters(whole))
     found = legal_architectures(family, whole, Budget(costs, (limit,)))
     assert all(len({each[axis] for each in found}) > 4 for axis in ("layers", "hidden"))

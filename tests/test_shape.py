@@ -14,7 +14,7 @@ from prunus.families import known_families
 
 PACKAGE = Path(pr.__file__).parent
 LAYERS = """
-    errors anatomy attention faster norms rotary hardware losses kernels head
+    errors anatomy attention faster norms rotary containers hardware losses kernels head
     dims architecture families.family families._decoder families._vision
     families._decilm families._uneven
     families._probes families._trace families._tiny families._experiments families._proof families._inferred families

@@ -111,11 +111,13 @@ class Limit:
         kind: key in `LIMITS`.
         text: as the user wrote it.
         target: at most so much.
+        whole: what shares are shares of.
     """
 
     kind: str
     text: str
     target: int
+    whole: int
 
     def __str__(self) -> str:
         return f"{self.kind} {self.text}"
@@ -240,4 +242,4 @@ def _limit(kind: str, text: str, whole: int) -> Limit:
     if not 0 < target <= whole:
         unit = LIMITS[kind].unit
         raise BadRecipe(f"{kind}: {text} is {target:,} {unit}, but the model has {whole:,}; pruning only removes")
-    return Limit(kind, text, target)
+    return Limit(kind, text, target, whole)

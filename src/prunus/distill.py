@@ -117,6 +117,8 @@ def distill(
         learning rate. Stopped.
     """
     to, settings = Path(to), settings or Settings()
+    if teacher is None:  # text is taken as it is, whatever would be asked of a teacher
+        settings = dataclasses.replace(settings, divergence="forward_kl", temperature=1.0)
     hardware.keep_freed_memory()
     schedule = plan(
         settings,

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from prunus import attention, faster, norms, rotary
+from prunus import attention, containers, faster, norms, rotary
 
 MATMUL_SIZE = 1024
 _sharers = ContextVar("sharers", default=1)
@@ -55,7 +55,7 @@ def free_memory() -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return int(psutil.virtual_memory().available) // _sharers.get()
+    return int(min(psutil.virtual_memory().available, containers.free_memory())) // _sharers.get()
 
 
 @contextlib.contextmanager

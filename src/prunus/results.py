@@ -51,6 +51,7 @@ def searched(found: Search, parent: Checkpoint, budget: Budget) -> dict[str, Any
                     "kind": limit.kind,
                     "unit": LIMITS[limit.kind].unit,
                     "target": limit.target,
+                    "whole": limit.whole,
                     "planned": budget.cost(limit, best),
                 }
                 for limit in budget.limits

@@ -220,11 +220,10 @@ def _budget_cautions(budget: Report) -> Iterator[str]:
 
 def _latency_cautions(report: Report, speeds: Mapping[str, float]) -> Iterator[str]:
     """The time of a token is counted by nobody but the clock."""
-    whole = ((report.get("uncut") or {}).get("costs") or {}).get("latency")
-    limits = [limit["target"] for limit in report["budget"].get("limits", []) if limit["kind"] == "latency"]
-    if not whole or not limits or "generates" not in speeds:
+    limits = [limit for limit in report["budget"].get("limits", []) if limit["kind"] == "latency"]
+    if not limits or "generates" not in speeds:
         return
-    allowed, measured = limits[0] / whole, 1 / speeds["generates"]
+    allowed, measured = limits[0]["target"] / limits[0]["whole"], 1 / speeds["generates"]
     if measured > (1 + TIMING_NOISE) * allowed:
         yield (
             f"The budget ({report['budget']['text']}) was missed: a token takes {measured:.0%} of the teacher's time, "
