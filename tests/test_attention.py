@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import RandomBlocks, tiny_model
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from prunus import attention, hardware
 from prunus.anatomy import body_of, layers_of
@@ -47,6 +48,19 @@ def test_equals_pytorch_in_value_and_gradient(groups: int, length: int, masked: 
     torch.testing.assert_close(result, expected.transpose(1, 2), rtol=1e-10, atol=1e-12)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
+
+
+@needs_bf16
+@pytest.mark.parametrize("decoder", [{"model_type": "gemma2"}, {"model_type": "gpt_oss", "num_local_experts": 4}])
+def test_a_decoder_that_attends_eagerly_does_so_behind_a_vision_tower(decoder: dict, tmp_path: Path) -> None:
+    """Of the whole model transformers says "sdpa" all the same."""
+    teacher = tiny_model("llava", tmp_path, **decoder)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert body_of(plain).config._attn_implementation == "eager"
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected, found = (model(input_ids=tokens).logits for model in (plain, teacher.module(torch.float32)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_near_float64_in_bfloat16() -> None:

@@ -23,6 +23,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from prunus.anatomy import body_of
+
 NAME = "prunus"
 PLAIN = "sdpa"
 CHUNK_ROWS = 128
@@ -33,11 +35,12 @@ sequences they are computed again, so that memory grows with S, not S²."""
 
 def install(model: nn.Module) -> None:
     """Let a transformers model on a CPU attend by `attend`; others are left as they are, and those that would then
-    compute something else."""
+    compute something else. What sees may attend by PyTorch's kernel where what reads, with sinks or soft-caps, cannot:
+    both are asked."""
     if (
         isinstance(model, PreTrainedModel)
         and model.device.type != "cuda"
-        and model.config._attn_implementation == PLAIN
+        and {each.config._attn_implementation for each in (model, body_of(model))} == {PLAIN}
         and not _minds_the_name(model)
     ):
         model.set_attn_implementation(NAME)
