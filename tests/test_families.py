@@ -338,3 +338,16 @@ def test_the_head_gives_the_logits_of_the_model(teacher, blocks):
         expected = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
         states = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
         torch.testing.assert_close(head_of(model).logits(states.flatten(0, 1)), expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("value", [None, False, True])
+def test_gemma_reads_one_way(family, value, tmp_path):
+    tiny_model(family, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": value}))
+    if not value:
+        assert pr.load(tmp_path).family.model_type == family
+        return
+    with pytest.raises(UnsupportedModel, match="use_bidirectional_attention is True"):
+        pr.load(tmp_path)

@@ -1,4 +1,4 @@
-"""A large file's digest is computed once, and anew when the file is another."""
+"""A large file's digest is computed once, and anew when the file is another; folders appear whole."""
 
 import hashlib
 import os
@@ -32,3 +32,13 @@ def test_a_small_file_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "weights").write_bytes(b"few")
     files.sha256(tmp_path / "weights")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_appears_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with files.atomic_folder(tmp_path / "out") as partial:
+        (partial / "weights").write_bytes(b"few")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "weights").read_bytes() == b"few"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]

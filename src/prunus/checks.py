@@ -54,7 +54,8 @@ def readable(name: str, raw: Mapping[str, Any]) -> None:
 def variant(name: str, family: Family, config: PreTrainedConfig) -> None:
     """Refuse a model whose layers compute something else than its family file says."""
     for key, value in family.requires.items():
-        if (found := getattr(family.text(config), key, value)) != value:
+        found = getattr(family.text(config), key, value)
+        if found != value and (found or value):  # not set is not true
             raise UnsupportedModel(
                 f"{name}: {key} is {found} in config.json; of {family.model_type} only models with {value} are "
                 "supported, because the others read the residual stream otherwise"

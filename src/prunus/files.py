@@ -27,7 +27,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         BadOutput: the disk is full.
     """
-    folder = folder.absolute()  # "." has no name
+    folder = folder.resolve()  # "." has no name, and a link cannot be replaced by what it stands for
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -10,4 +10,5 @@ FAMILY = Family(
     branches=(ATTENTION, FFN),
     norm_offset=1.0,
     scaled_embedding=True,
+    requires={"use_bidirectional_attention": False},
 )

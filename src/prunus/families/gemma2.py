@@ -8,6 +8,5 @@ from prunus.families._decoder import QK_NORMS
 FAMILY = dataclasses.replace(
     gemma3_text.FAMILY,
     model_type="gemma2",
-    requires={"use_bidirectional_attention": None},
     layer_weights={name: dims for name, dims in gemma3_text.FAMILY.layer_weights.items() if name not in QK_NORMS},
 )
