@@ -8,11 +8,11 @@ import torch
 from conftest import SMALL
 from test_pipeline import make_recipe
 
-from prunus import claims, pipeline, run
+from prunus import pipeline, run
 from prunus.checkpoint import load
 from prunus.pipeline import compress
 from prunus.recipe import read_yaml
-from prunus.run import LARGER
+from prunus.run import ASIDE, LARGER
 
 RATE = SMALL["distill"] | {"learning_rate": 0.01}
 
@@ -49,21 +49,26 @@ def made(finished, whole_model, corpus, tmp_path):
     shutil.rmtree(root, ignore_errors=True)
 
 
-def test_a_kill_while_results_are_set_aside_takes_none_away(made, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["text", "search"])
+def test_a_kill_while_results_are_set_aside_takes_none_away(made, finished, corpus, tmp_path, monkeypatch, stage):
     copied, recipe = made
     root = copied("one")
-    moved, there = [], []
-    move = shutil.move
+    changes = {
+        "text": {"data": SMALL["data"] | {"train": str(corpus), "heldout_tokens": 512}},
+        "search": {"params": "0.8x"},
+    }
+    moved, there, replace = [], [], Path.replace
 
-    def photograph(source, target):
-        moved.append(shutil.copytree(root, tmp_path / str(len(moved))))
-        return move(source, target)
+    def photograph(path, target):
+        if ASIDE in (path.parent.name, path.parent.parent.name, target.parent.name, target.parent.parent.name):
+            moved.append(shutil.copytree(root, tmp_path / str(len(moved))))
+        return replace(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(claims.shutil, "move", photograph)
-        patched.setitem(pipeline.RUN_STAGE, "measure", lambda _: interrupt(there.append(len(moved))))
+        patched.setattr(Path, "replace", photograph)
+        patched.setitem(pipeline.RUN_STAGE, stage, lambda _: interrupt(there.append(len(moved))))
         with pytest.raises(KeyboardInterrupt):
-            compress(recipe(measure=SMALL["measure"] | {"task_rows": 9}), redo=True)
+            compress(recipe(**changes[stage]), redo=True)
     assert results(root) == results(finished / "one")
     assert 5 < there[0] < len(moved)
     for photo in moved:  # there and, after the interrupt, back again

@@ -217,7 +217,13 @@ def _move_aside(root: Path, stale: list[Path]) -> None:
                 shutil.copy(root / record, partial)
     for path in stale:
         if (root / path).exists():
-            shutil.move(root / path, aside / path)
+            _move(root / path, aside / path)
+
+
+def _move(path: Path, to: Path) -> None:
+    """At once: half of it in each place would be taken for the whole."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(to)
 
 
 def _put_back(root: Path) -> None:
@@ -234,10 +240,10 @@ def _put_back(root: Path) -> None:
                 if is_new(path):
                     _remove(root / path)
                 if (aside / path).exists():
-                    shutil.move(aside / path, root / path)
+                    _move(aside / path, root / path)
             for path in RECORDS:
                 if (aside / path).exists():
-                    shutil.move(aside / path, root / path)
+                    _move(aside / path, root / path)
     discard(aside)
 
 
